@@ -1,0 +1,51 @@
+"""The exception tree: every failure that a user can meet has one class here."""
+
+
+class RematerializeError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class UnitError(RematerializeError, ValueError):
+    """A budget or another quantity that can't be read."""
+
+
+class GraphError(RematerializeError, ValueError):
+    """A training graph (or its file) that breaks a rule of the format."""
+
+
+class ScheduleError(RematerializeError, ValueError):
+    """A schedule (or its file) that the graph or the budget doesn't allow."""
+
+
+class CaptureError(RematerializeError):
+    """The model's training step can't be captured as a graph."""
+
+
+class EmitError(RematerializeError):
+    """A valid schedule can't be turned into executable code."""
+
+
+class PlanMismatchError(RematerializeError, ValueError):
+    """A saved plan that belongs to another model, input signature or step."""
+
+
+class BudgetError(RematerializeError):
+    """No schedule fits the budget.
+
+    Attributes
+    ----------
+    minimum_bytes : int
+        The smallest budget, in bytes and in the scope in which the budget was given, that works:
+        planning with exactly this budget succeeds, with one byte less it raises again.
+    """
+
+    def __init__(self, message: str, *, minimum_bytes: int) -> None:
+        super().__init__(message)
+        self.minimum_bytes = minimum_bytes
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_budget_error, (str(self), self.minimum_bytes))
+
+
+def _rebuild_budget_error(message: str, minimum_bytes: int) -> BudgetError:
+    return BudgetError(message, minimum_bytes=minimum_bytes)
