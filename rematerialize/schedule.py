@@ -7,7 +7,15 @@ the newest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rematerialize.errors import ScheduleError
+
+FORMAT = "rematerialize.schedule/1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,12 @@ class Schedule:
         Makespan: the sum of the times of everything that it runs.
     minimum_bytes : int
         The smallest budget for which the solver found a schedule.
+
+    Examples
+    --------
+    >>> plan = Schedule(("a",), ("a", "da"), 64, "store_all", 48, 3.0, 32)
+    >>> Schedule.from_json(plan.to_json()) == plan
+    True
     """
 
     forward: tuple[str, ...]
@@ -39,3 +53,68 @@ class Schedule:
     peak_bytes: int
     time_s: float
     minimum_bytes: int
+
+    def verify(self) -> Schedule:
+        """Return the schedule itself; raise ScheduleError when a field has a wrong type or range.
+
+        Whether it is a valid schedule *of a graph* is for `rematerialize.simulate` to judge.
+        """
+        for key in ("forward", "backward"):
+            names = getattr(self, key)
+            if not isinstance(names, tuple):
+                raise ScheduleError(f"schedule: {key} must be a list of op names, got {type(names).__name__}")
+            for name in names:
+                if not isinstance(name, str):
+                    raise ScheduleError(f"schedule: {key} must hold op names, got {name!r}")
+        for key in ("budget_bytes", "peak_bytes", "minimum_bytes"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ScheduleError(f"schedule: {key} must be a whole number of bytes >= 0, got {value!r}")
+        if not isinstance(self.solver, str):
+            raise ScheduleError(f"schedule: solver must be a string, got {self.solver!r}")
+        if not isinstance(self.time_s, float) or not math.isfinite(self.time_s) or self.time_s < 0:
+            raise ScheduleError(f"schedule: time_s must be a finite number >= 0, got {self.time_s!r}")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of the schedule."""
+        return {"format": FORMAT, **asdict(self)}
+
+    def to_json(self) -> str:
+        """Return the text of a ``rematerialize.schedule/1`` file."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, source: str | bytes | Mapping[str, Any]) -> Schedule:
+        """Read a schedule from the text of a file, or from the object already parsed.
+
+        Raises
+        ------
+        ScheduleError
+            Not JSON, another format, a missing key or a wrong type.
+        """
+        data = source if isinstance(source, Mapping) else _parse(source)
+        if data.get("format") != FORMAT:
+            raise ScheduleError(f"schedule: format is {data.get('format')!r}, need {FORMAT!r}")
+        values: dict[str, Any] = {}
+        for key in cls.__slots__:
+            if key not in data:
+                raise ScheduleError(f"schedule: the key {key!r} is missing")
+            value = data[key]
+            values[key] = tuple(value) if isinstance(value, list) else value
+        if isinstance(values["time_s"], int) and not isinstance(values["time_s"], bool):
+            try:
+                values["time_s"] = float(values["time_s"])
+            except OverflowError:
+                raise ScheduleError("schedule: time_s is too large for a float") from None
+        return cls(**values).verify()
+
+
+def _parse(text: str | bytes) -> Mapping[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ScheduleError(f"schedule: not a JSON file ({error})") from None
+    if not isinstance(data, dict):
+        raise ScheduleError(f"schedule: the file must hold one object, got {type(data).__name__}")
+    return data
