@@ -64,7 +64,7 @@ class Budget:
             return self.size_bytes
         if self.fraction is None:
             return whole_bytes
-        return math.floor(self.fraction * whole_bytes)
+        return int(self.fraction * whole_bytes)
 
     def __str__(self) -> str:
         if self.size_bytes is not None:
@@ -234,7 +234,8 @@ def _bytes_of_text(text: str, name: str, expected: str) -> int:
             f"{name} {text!r} has the unknown unit {unit!r}: expected {expected}; "
             "the units are B, kB, MB, GB, TB and KiB, MiB, GiB, TiB"
         )
-    return math.floor(Fraction(number) * _UNIT_BYTES[unit.lower()])
+    size: Fraction = Fraction(number) * _UNIT_BYTES[unit.lower()]
+    return int(size)
 
 
 def _bytes_of_number(value: SupportsIndex, name: str, expected: str) -> int:
