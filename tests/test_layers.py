@@ -1,0 +1,118 @@
+"""The package's layers: imports go down, equals don't meet, and torch stays where it belongs."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "rematerialize"
+
+# The one list of layers; docs/architecture.md repeats it for readers and a test below compares the two.
+LAYERS = {
+    "errors": 0,
+    "version": 0,
+    "units": 1,
+    "ir": 1,
+    "lowerset": 2,
+    "cost": 2,
+    "schedule": 2,
+    "simulate": 3,
+    "torch_private": 3,
+    "solve/": 4,
+    "capture": 4,
+    "measure": 4,
+    "emit": 4,
+    "runtime": 4,
+    "report/": 4,
+    "api": 5,
+    "__init__": 6,
+    "cli": 6,
+    "__main__": 7,
+}
+NEVER_TORCH = ("errors", "units", "version", "ir", "lowerset", "schedule", "simulate", "solve/", "cli")
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """Return the row of LAYERS that a file belongs to: its folder, or its own name."""
+    relative = path.relative_to(PACKAGE)
+    return f"{relative.parts[0]}/" if len(relative.parts) > 1 else relative.stem
+
+
+def imported_modules(path: Path) -> list[tuple[str, int]]:
+    """Return (dotted name, line) of every import anywhere in a file, `if TYPE_CHECKING` included."""
+    found: list[tuple[str, int]] = []
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            found += [(f"{module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+def parts_imported(path: Path) -> list[tuple[str, int]]:
+    """Return (row of LAYERS, line) of every import of our own package."""
+    found: list[tuple[str, int]] = []
+    for name, line in imported_modules(path):
+        first, *rest = name.split(".")
+        if first != "rematerialize":
+            continue
+        target = rest[0] if rest else "__init__"
+        if (PACKAGE / target).is_dir():
+            target += "/"
+        elif not (PACKAGE / f"{target}.py").exists():
+            target = "__init__"  # `from rematerialize import Plan`
+        found.append((target, line))
+    return found
+
+
+def file_id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=file_id)
+def test_every_file_has_a_layer(path: Path) -> None:
+    assert part_of(path) in LAYERS, "give it a number in LAYERS and a line in docs/architecture.md"
+
+
+@pytest.mark.parametrize("path", FILES, ids=file_id)
+def test_imports_go_only_to_a_lower_layer(path: Path) -> None:
+    own = part_of(path)
+    wrong = [
+        f"line {line}: {own} ({LAYERS[own]}) imports {target} ({LAYERS[target]})"
+        for target, line in parts_imported(path)
+        if LAYERS[target] >= LAYERS[own] and not (target == own and own.endswith("/"))
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=file_id)
+def test_private_torch_appears_in_one_file(path: Path) -> None:
+    if part_of(path) == "torch_private":
+        pytest.skip("the file that isolates it")
+    private = re.compile(r"torch(\.\w+)*\._\w+")
+    wrong = [f"line {line}: {name}" for name, line in imported_modules(path) if private.match(name)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) in NEVER_TORCH], ids=file_id)
+def test_the_solver_and_what_it_stands_on_never_import_torch(path: Path) -> None:
+    wrong = [f"line {line}" for name, line in imported_modules(path) if name.split(".")[0] == "torch"]
+    assert not wrong
+
+
+def test_the_judge_shares_no_code_with_a_solver() -> None:
+    assert "solve/" not in [target for target, _ in parts_imported(PACKAGE / "simulate.py")]
+
+
+def test_the_architecture_page_lists_the_same_layers() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)(?:\.py|(/))` +\| +(\d+) +\|", page, flags=re.MULTILINE)
+    assert {name + slash: int(layer) for name, slash, layer in rows} == LAYERS
