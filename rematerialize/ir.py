@@ -302,7 +302,7 @@ def _verify_ops(graph: TrainingGraph) -> None:
         if op.phase == "backward":
             backward_started = backward_started or op.name
         elif backward_started is not None:
-            raise GraphError(f"op {op.name!r}: a forward op stands after the backward op {backward_started!r}")
+            raise GraphError(f"op {op.name!r}: a forward op after the backward op {backward_started!r}")
         for name in op.inputs:
             _verify_input(graph, op, name, phase_of, produced_at.get(name))
         for name in op.outputs:
