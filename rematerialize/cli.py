@@ -123,12 +123,15 @@ def solve(
         from rematerialize import solve as solvers
         from rematerialize.ir import TrainingGraph
 
+        if solver not in (known := ["auto", *solvers.solvers()]):
+            raise UsageError(f"unknown --solver {solver!r}; choose one of {', '.join(known)}")
         graph = TrainingGraph.from_json(graph_file.read_bytes())
-        store_all = solvers.solve(graph, sys.maxsize, solver="store_all")
+        planner = solvers.Planner(graph, solver=solver, time_limit_s=time_limit)
+        store_all = planner.store_all()
         budget_bytes = wanted.resolve(store_all.peak_bytes)
         _progress(f"solving {len(graph.ops)} ops for {format_bytes(budget_bytes)}")
         start_s = time.perf_counter()
-        found = solvers.solve(graph, budget_bytes, solver=solver, time_limit_s=time_limit)
+        found = planner.solve(budget_bytes)
         solve_s = time.perf_counter() - start_s
         if output is None:
             print(found.to_json())

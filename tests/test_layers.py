@@ -22,6 +22,7 @@ LAYERS = {
     "schedule": 2,
     "simulate": 3,
     "torch_private": 3,
+    "decompose": 3,
     "solve/": 4,
     "capture": 4,
     "measure": 4,
