@@ -1,0 +1,211 @@
+"""The main job: a GPT and a U-Net with dropout, trained under falling budgets, beside eager.
+
+    python -m benchmarks.demo [--scale test|bench] [--steps N] [--rounds N] [--json PATH]
+
+Data on stdout, progress on stderr. Exits with 1 when a gradient differs or a peak exceeds its budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import rematerialize as remat
+from benchmarks.harness import (
+    StepResult,
+    Stepper,
+    compare_steps,
+    measure_step_peak,
+    run_step,
+    time_interleaved,
+)
+from benchmarks.models import MODELS, ModelSpec, Scale
+from rematerialize.report.table import aligned_table
+from rematerialize.units import format_bytes, format_percent, format_seconds
+
+MODEL_NAMES = ("gpt", "unet")
+BUDGETS = ("100%", "70%", "50%", "30%", "minimum")
+LEARNING_RATE = 0.01
+HEADERS = (
+    "budget",
+    "bytes",
+    "predicted peak",
+    "measured peak",
+    "of eager's",
+    "overhead predicted",
+    "overhead measured",
+    "planning",
+    "gradients",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One model under one budget; byte figures are above what was resident when the step began."""
+
+    model: str
+    budget: str
+    budget_bytes: int
+    predicted_bytes: int
+    measured_bytes: int
+    eager_bytes: int
+    predicted_overhead: float
+    measured_overhead: float
+    planning_s: float
+    gradients: str
+
+    @property
+    def keeps_its_word(self) -> bool:
+        return self.gradients == "equal" and self.measured_bytes <= self.budget_bytes
+
+    def row(self) -> tuple[str, ...]:
+        return (
+            self.budget,
+            format_bytes(self.budget_bytes),
+            format_bytes(self.predicted_bytes),
+            format_bytes(self.measured_bytes) + (" OVER" if self.measured_bytes > self.budget_bytes else ""),
+            format_percent(self.measured_bytes / self.eager_bytes),
+            format_percent(self.predicted_overhead),
+            format_percent(self.measured_overhead),
+            format_seconds(self.planning_s),
+            self.gradients,
+        )
+
+
+def main() -> int:
+    args = _arguments()
+    start_s = time.perf_counter()
+    console = Console(stderr=True)
+    cells: list[Cell] = []
+    for name in MODEL_NAMES:
+        spec = MODELS[name]
+        made = _run_model(spec, args.scale, args.steps, args.rounds, console)
+        cells += made
+        print(
+            f"{name}: {args.steps} training steps under each budget, eager's peak {format_bytes(made[0].eager_bytes)}\n"
+        )
+        print(aligned_table(HEADERS, [cell.row() for cell in made]) + "\n", flush=True)
+    elapsed_s = time.perf_counter() - start_s
+    wrong = [cell for cell in cells if not cell.keeps_its_word]
+    verdict = "every peak within its budget, every gradient equal to eager's bit for bit"
+    print(
+        f"{verdict if not wrong else f'{len(wrong)} of {len(cells)} cells FAILED'}; {elapsed_s:.0f} s in all"
+    )
+    if args.json is not None:
+        args.json.write_text(json.dumps(_record(cells, elapsed_s, args), indent=1) + "\n", encoding="utf-8")
+    return 1 if wrong else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", choices=("test", "bench"), default="bench", help="size of the models")
+    parser.add_argument("--steps", type=int, default=3, help="training steps to compare")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    return parser.parse_args()
+
+
+def _run_model(spec: ModelSpec, scale: Scale, steps: int, rounds: int, console: Console) -> list[Cell]:
+    eager = _eager(spec, scale)
+    with console.status(f"{spec.name}: eager"):
+        reference = list(_train(eager, steps))
+        eager_bytes = measure_step_peak(eager).peak_bytes
+    contestants = {"eager": eager}
+    plans: dict[str, tuple[remat.Plan, float, str]] = {}
+    for budget in BUDGETS:
+        with console.status(f"{spec.name}: planning {budget}, then training {steps} steps"):
+            stepper, plan, planning_s = _planned(spec, scale, budget)
+            contestants[budget] = stepper
+            plans[budget] = plan, planning_s, _differences(reference, _train(stepper, steps))
+    with console.status(f"{spec.name}: timing {len(contestants)} variants in turns"):
+        peaks = {budget: measure_step_peak(contestants[budget]).peak_bytes for budget in BUDGETS}
+        timings = time_interleaved(
+            {name: (lambda stepper=stepper: stepper.step(0)) for name, stepper in contestants.items()},
+            reference="eager",
+            rounds=rounds,
+        )
+    return [
+        Cell(
+            model=spec.name,
+            budget=budget,
+            budget_bytes=plan.budget_bytes,
+            predicted_bytes=plan.peak_bytes,
+            measured_bytes=peaks[budget],
+            eager_bytes=eager_bytes,
+            predicted_overhead=plan.overhead,
+            measured_overhead=timings[budget].ratio - 1,
+            planning_s=planning_s,
+            gradients=difference,
+        )
+        for budget, (plan, planning_s, difference) in plans.items()
+    ]
+
+
+def _eager(spec: ModelSpec, scale: Scale) -> Stepper:
+    model, inputs = spec.build(scale)
+    return Stepper(model, inputs, spec.loss_of)
+
+
+def _planned(spec: ModelSpec, scale: Scale, budget: str) -> tuple[Stepper, remat.Plan, float]:
+    plain = _eager(spec, scale)
+    start_s = time.perf_counter()
+    plan = _plan(plain, budget)
+    planning_s = time.perf_counter() - start_s
+    wrapped = remat.wrap(plain.module, plan=plan, example_inputs=plain.inputs)
+    return Stepper(wrapped, plain.inputs, spec.loss_of), plan, planning_s
+
+
+def _plan(plain: Stepper, budget: str) -> remat.Plan:
+    if budget != "minimum":
+        return remat.plan(plain.module, plain.inputs, activation_budget=budget)
+    any_plan = remat.plan(plain.module, plain.inputs, activation_budget="100%")
+    return remat.plan(plain.module, plain.inputs, activation_budget=any_plan.minimum_bytes)
+
+
+def _train(stepper: Stepper, steps: int) -> Iterator[StepResult]:
+    """Plain gradient descent; yields all that each step changed."""
+    for seed in range(steps):
+        result = run_step(stepper, seed=seed)
+        with torch.no_grad():
+            for name, parameter in stepper.module.named_parameters():
+                if (gradient := result.gradients[name]) is not None:
+                    parameter.sub_(gradient, alpha=LEARNING_RATE)
+        yield result
+
+
+def _differences(reference: list[StepResult], results: Iterator[StepResult]) -> str:
+    """Return "equal" when loss, gradients, buffers and generator are, bit for bit, in all steps."""
+    for step, (expected, got) in enumerate(zip(reference, results, strict=True)):
+        comparison = compare_steps(expected, got)
+        if not comparison.exact:
+            return f"step {step}: {comparison.describe()}"
+    return "equal"
+
+
+def _record(cells: list[Cell], elapsed_s: float, args: argparse.Namespace) -> dict[str, object]:
+    return {
+        "benchmark": "demo",
+        "command": f"python -m benchmarks.demo --scale {args.scale} --steps {args.steps} --rounds {args.rounds}",
+        "versions": {
+            "rematerialize": remat.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "elapsed_s": elapsed_s,
+        "cells": [asdict(cell) for cell in cells],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
