@@ -21,8 +21,8 @@ from rich.console import Console
 
 import rematerialize as remat
 from benchmarks.harness import (
-    StepResult,
     Stepper,
+    StepResult,
     compare_steps,
     measure_step_peak,
     run_step,
@@ -90,9 +90,8 @@ def main() -> int:
         spec = MODELS[name]
         made = _run_model(spec, args.scale, args.steps, args.rounds, console)
         cells += made
-        print(
-            f"{name}: {args.steps} training steps under each budget, eager's peak {format_bytes(made[0].eager_bytes)}\n"
-        )
+        eager_peak = format_bytes(made[0].eager_bytes)
+        print(f"{name}: {args.steps} training steps under each budget, eager's peak {eager_peak}\n")
         print(aligned_table(HEADERS, [cell.row() for cell in made]) + "\n", flush=True)
     elapsed_s = time.perf_counter() - start_s
     wrong = [cell for cell in cells if not cell.keeps_its_word]
@@ -192,9 +191,10 @@ def _differences(reference: list[StepResult], results: Iterator[StepResult]) -> 
 
 
 def _record(cells: list[Cell], elapsed_s: float, args: argparse.Namespace) -> dict[str, object]:
+    options = f"--scale {args.scale} --steps {args.steps} --rounds {args.rounds}"
     return {
         "benchmark": "demo",
-        "command": f"python -m benchmarks.demo --scale {args.scale} --steps {args.steps} --rounds {args.rounds}",
+        "command": f"python -m benchmarks.demo {options}",
         "versions": {
             "rematerialize": remat.__version__,
             "torch": torch.__version__,
