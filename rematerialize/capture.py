@@ -1,0 +1,291 @@
+"""Capture one training step of a module as a joint forward-backward graph of ATen ops.
+
+The step is a flat function: parameters, buffers and input tensors in, output tensors out. Everything else about
+the call (the structure of its inputs and outputs, constants among them) is kept here as data, so that the
+runtime can put it back around the rewritten graph.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rematerialize import torch_private as private
+from rematerialize.decompose import splitting_recurrences
+from rematerialize.errors import CaptureError
+
+_PLAIN_TYPES = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlot:
+    """Where a parameter, buffer or plain tensor attribute lives: ``kind`` is "parameter", "buffer" or
+    "attribute", ``owner`` the module that holds it under ``attribute``, ``name`` its qualified name."""
+
+    kind: str
+    name: str
+    owner: nn.Module
+    attribute: str
+
+    def read(self) -> Tensor:
+        value: Tensor = getattr(self.owner, self.attribute)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class FlatInputs:
+    """A call's arguments, flattened: ``tensors`` in order, and what is needed to build the call again.
+
+    ``leaves`` holds an index into ``tensors`` (as ``_Hole``) or the constant itself.
+    """
+
+    tensors: tuple[Tensor, ...]
+    leaves: tuple[Any, ...]
+    spec: private.TreeSpec
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        leaves = [tensors[leaf.index] if isinstance(leaf, _Hole) else leaf for leaf in self.leaves]
+        args, kwargs = private.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+@dataclass(frozen=True, slots=True)
+class _Hole:
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedStep:
+    """A captured step: the joint trace, and how flat values map to the module and to the call.
+
+    ``slots[i]`` is the home of primal ``i``; the primals after them are the input tensors. ``output_leaves``
+    holds a ``_Hole`` (an index into the flat tensor outputs) or a constant per output leaf.
+    """
+
+    joint: private.JointTrace
+    slots: tuple[TensorSlot, ...]
+    output_leaves: tuple[Any, ...]
+    output_spec: private.TreeSpec
+
+    def pack_outputs(self, tensors: Sequence[Tensor]) -> Any:
+        leaves = [tensors[leaf.index] if isinstance(leaf, _Hole) else leaf for leaf in self.output_leaves]
+        return private.tree_unflatten(leaves, self.output_spec)
+
+
+def flatten_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> FlatInputs:
+    """Flatten a call's arguments; a tensor that is passed twice is one tensor."""
+    flat, spec = private.tree_flatten((tuple(args), dict(kwargs)))
+    tensors: list[Tensor] = []
+    seen: dict[int, int] = {}
+    leaves: list[Any] = []
+    for leaf in flat:
+        if not isinstance(leaf, Tensor):
+            leaves.append(leaf)
+            continue
+        if id(leaf) not in seen:
+            seen[id(leaf)] = len(tensors)
+            tensors.append(leaf)
+        leaves.append(_Hole(seen[id(leaf)]))
+    return FlatInputs(tuple(tensors), tuple(leaves), spec)
+
+
+def tensor_slots(model: nn.Module) -> tuple[TensorSlot, ...]:
+    """Every parameter, buffer and plain tensor attribute of a module tree, tied ones once, in a fixed order."""
+    slots: list[TensorSlot] = []
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        groups = (
+            ("parameter", module._parameters),
+            ("buffer", module._buffers),
+            ("attribute", {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}),
+        )
+        for kind, members in groups:
+            for attribute, value in members.items():
+                if value is not None and id(value) not in seen:
+                    seen.add(id(value))
+                    name = f"{prefix}.{attribute}" if prefix else attribute
+                    slots.append(TensorSlot(kind, name, module, attribute))
+    order = {"parameter": 0, "buffer": 1, "attribute": 2}
+    return tuple(sorted(slots, key=lambda slot: order[slot.kind]))
+
+
+def capture(model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs) -> CapturedStep:
+    """Trace one training step of ``forward``, which belongs to ``model``.
+
+    Nothing runs on real data and nothing of the model changes: parameters, buffers, generator state, gradients.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Holds the tensors that ``forward`` reads.
+    forward : callable
+        The model's own forward (bound), the thing to trace.
+    inputs : FlatInputs
+        The call to trace.
+
+    Raises
+    ------
+    CaptureError
+        If the forward can't be traced (its own exception, data-dependent control flow or shapes, constructs
+        that the package doesn't handle), or needs no gradient. It names the user's line.
+    """
+    slots = tensor_slots(model)
+    recorder = _Recorder(model, forward, inputs, slots)
+    primals = [slot.read() for slot in slots]
+    known = {id(tensor) for tensor in primals}
+    if any(id(tensor) in known for tensor in inputs.tensors):
+        raise CaptureError("an input is one of the model's own parameters or buffers: pass a copy instead")
+    primals.extend(inputs.tensors)
+    if not any(tensor.requires_grad for tensor in primals):
+        raise CaptureError(
+            "no parameter and no input requires grad, so there is no backward to plan: "
+            "call requires_grad_() on what should train"
+        )
+    try:
+        joint = private.trace_joint(recorder, primals)
+    except CaptureError:
+        raise
+    except private.UnsupportedTraceError as error:
+        raise CaptureError(f"can't capture this forward: {error}") from error
+    except Exception as error:
+        raise _explain(error, recorder) from error
+    if recorder.structure is None:
+        raise CaptureError("the forward was never called during the trace; report this as a bug")
+    leaves, spec = recorder.structure
+    return CapturedStep(joint, slots, leaves, spec)
+
+
+class _Recorder:
+    """The flat function that is traced: puts tensors into the model, calls it, notes the output structure."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        inputs: FlatInputs,
+        slots: tuple[TensorSlot, ...],
+    ) -> None:
+        self.model = model
+        self.forward = forward
+        self.inputs = inputs
+        self.slots = slots
+        self.homes = _homes(model, slots)
+        self.structure: tuple[tuple[Any, ...], private.TreeSpec] | None = None
+        self.in_backward = False
+
+    def __call__(self, *flat: Tensor) -> Sequence[Tensor]:
+        self.in_backward = False
+        args, kwargs = self.inputs.rebuild(flat[len(self.slots) :])
+        with _swapped(self.homes, flat), splitting_recurrences():
+            output = self.forward(*args, **kwargs)
+            self._refuse_reassigned(flat)
+        leaves, spec = private.tree_flatten(output)
+        tensors: list[Tensor] = []
+        noted: list[Any] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                noted.append(_Hole(len(tensors)))
+                tensors.append(leaf)
+            elif isinstance(leaf, _PLAIN_TYPES):
+                noted.append(leaf)
+            else:
+                raise CaptureError(
+                    f"the forward returns a {type(leaf).__name__}, which may hide tensors: return tensors, "
+                    "lists, tuples, dicts and dataclasses registered with torch.utils._pytree instead "
+                    "(for transformers models, use_cache=False)"
+                )
+        if not any(tensor.requires_grad for tensor in tensors):
+            raise CaptureError(
+                "no output of the forward requires grad, so there is no backward to plan: "
+                "is there a detach(), an argmax or a no_grad() on the way to the loss?"
+            )
+        self.structure = (tuple(noted), spec)
+        self.in_backward = True
+        return tensors
+
+    def _refuse_reassigned(self, flat: Sequence[Tensor]) -> None:
+        for owner, attribute, index in self.homes:
+            if _member(owner, attribute) is not flat[index]:
+                raise CaptureError(
+                    f"the forward replaces {self.slots[index].name!r} by a new tensor: change it in place "
+                    "(for example self.buffer.copy_(value)) so that the update is part of the step"
+                )
+
+
+def _homes(model: nn.Module, slots: Sequence[TensorSlot]) -> list[tuple[nn.Module, str, int]]:
+    """Every place that holds one of the slots' tensors; tied tensors have several."""
+    index_of = {id(slot.read()): i for i, slot in enumerate(slots)}
+    homes = []
+    for module in model.modules():
+        members = {**vars(module), **module._parameters, **module._buffers}
+        for attribute, value in members.items():
+            if isinstance(value, Tensor) and id(value) in index_of:
+                homes.append((module, attribute, index_of[id(value)]))
+    return homes
+
+
+def _member(owner: nn.Module, attribute: str) -> Any:
+    for table in (owner._parameters, owner._buffers, vars(owner)):
+        if attribute in table:
+            return table[attribute]
+    return None
+
+
+class _swapped:
+    """Put flat values where the model keeps its tensors, and take them out again whatever happens."""
+
+    def __init__(self, homes: Sequence[tuple[nn.Module, str, int]], flat: Sequence[Tensor]) -> None:
+        self.homes = homes
+        self.flat = flat
+        self.saved: list[tuple[dict[str, Any], str, Any]] = []
+
+    def __enter__(self) -> None:
+        for owner, attribute, index in self.homes:
+            for table in (owner._parameters, owner._buffers, vars(owner)):
+                if attribute in table:
+                    self.saved.append((table, attribute, table[attribute]))  # type: ignore[arg-type]
+                    table[attribute] = self.flat[index]  # type: ignore[assignment]
+                    break
+
+    def __exit__(self, *exc: object) -> None:
+        for table, attribute, value in reversed(self.saved):
+            table[attribute] = value
+
+
+_DATA_DEPENDENT = ("DataDependentOutputException", "GuardOnDataDependentSymNode", "DynamicOutputShapeException")
+
+
+def _explain(error: Exception, recorder: _Recorder) -> CaptureError:
+    """One sentence for whatever the trace raised: what, where in the user's code, what to do."""
+    where = _user_frame(error)
+    place = f" at {where}" if where else ""
+    name = type(error).__name__
+    text = " ".join(str(error).split())
+    if name in _DATA_DEPENDENT:
+        return CaptureError(
+            f"the forward depends on the values of its tensors{place} (control flow or a shape that is known "
+            f"only at run time: {text[:120]}): rewrite it with tensor operations such as torch.where, or move it "
+            "out of the wrapped module"
+        )
+    stage = "backward" if recorder.in_backward else "forward"
+    return CaptureError(f"the model's {stage} raised {name}{place} during capture: {text[:300]}")
+
+
+def _user_frame(error: BaseException) -> str:
+    """The innermost frame outside torch and this package, as "file.py:12 in forward: source line"."""
+    skipped = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+    seen: BaseException | None = error
+    while seen is not None:
+        frames = [f for f in traceback.extract_tb(seen.__traceback__) if not f.filename.startswith(skipped)]
+        inside = [f for f in frames if f.name not in ("<module>",) and not f.filename.startswith("<")]
+        if inside:
+            frame = inside[-1]
+            return f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}: {frame.line}"
+        seen = seen.__cause__ or seen.__context__
+    return ""

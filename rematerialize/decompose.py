@@ -1,0 +1,70 @@
+"""Ops that are too coarse to plan, split during the capture into pieces with the same values.
+
+A fused LSTM layer over 200 steps is one op whose workspace alone can exceed a budget. Run over chunks of the
+time axis, with the state carried over, the same kernel gives bit-equal outputs at the same speed, and each
+chunk can be recomputed on its own. Weight gradients are then summed over chunks: equal up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_SHORTEST_SPLIT_SEQUENCE = 32
+
+
+class splitting_recurrences(TorchFunctionMode):
+    """While active, unpacked one-directional LSTMs run layer by layer over chunks of the time axis."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.lstm and not kwargs and _splittable(args):
+            return _lstm_in_chunks(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _splittable(args: Sequence[Any]) -> bool:
+    # The packed overload has (data, batch_sizes, hx, weights, ...): a tensor where this one has a tuple.
+    if len(args) != 9 or not isinstance(args[1], (tuple, list)):
+        return False
+    inputs, _, _, _, _, _, _, bidirectional, batch_first = args
+    return not bidirectional and inputs.shape[1 if batch_first else 0] >= _SHORTEST_SPLIT_SEQUENCE
+
+
+def _lstm_in_chunks(
+    inputs: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.lstm``, layer by layer, in about sqrt(steps) chunks of time."""
+    time_dim = 1 if batch_first else 0
+    chunk = math.ceil(math.sqrt(inputs.shape[time_dim]))
+    per_layer = len(weights) // num_layers
+    last_h, last_c = [], []
+    for layer in range(num_layers):
+        layer_weights = list(weights[layer * per_layer : (layer + 1) * per_layer])
+        h, c = hx[0][layer : layer + 1], hx[1][layer : layer + 1]
+        pieces = []
+        for piece in inputs.split(chunk, time_dim):
+            out, h, c = torch.lstm(
+                piece, (h, c), layer_weights, has_biases, 1, 0.0, train, bidirectional, batch_first
+            )
+            pieces.append(out)
+        inputs = torch.cat(pieces, time_dim)
+        if dropout > 0 and train and layer < num_layers - 1:
+            inputs = torch.dropout(inputs, dropout, train)
+        last_h.append(h)
+        last_c.append(c)
+    return inputs, torch.cat(last_h), torch.cat(last_c)

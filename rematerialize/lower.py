@@ -1,0 +1,90 @@
+"""Kernels and their costs -> the training graph that the solvers read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rematerialize.ir import Op, TrainingGraph
+from rematerialize.kernels import Kernel, KernelGraph
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCost:
+    """What one run of a kernel costs.
+
+    Attributes
+    ----------
+    time_s : float
+    transient_bytes : int
+        Workspace beyond its inputs and outputs.
+    output_bytes : mapping of int to int
+        Real sizes of the allocating call's outputs, where they differ from what fake tensors say
+        (oneDNN's LSTM workspace has no shape before it runs).
+    """
+
+    time_s: float
+    transient_bytes: int = 0
+    output_bytes: Mapping[int, int] = field(default_factory=dict)
+
+
+def lower(graph: KernelGraph, costs: Mapping[str, KernelCost]) -> TrainingGraph:
+    """Build the training graph.
+
+    Parameters
+    ----------
+    graph : KernelGraph
+    costs : mapping of str to KernelCost
+        By kernel name; kernels that it lacks are free (saving a generator state).
+
+    Returns
+    -------
+    TrainingGraph
+        Verified. Storages of parameters, buffers, inputs and constants are resident.
+    """
+    sizes = dict(graph.size_bytes)
+    ops = []
+    for kernel in graph.kernels:
+        cost = costs.get(kernel.name, KernelCost(0.0))
+        _correct_sizes(kernel, cost, sizes)
+        ops.append(_op(kernel, cost))
+    joint = graph.normal.joint
+    fixed = [n for n in joint.graph.nodes if n.op in ("placeholder", "get_attr")]
+    tangents = graph.storages([node for node, _ in joint.tangents])
+    resident = frozenset(name for name in graph.storages(fixed) if name not in tangents)
+    outputs = graph.storages([node for node in joint.outputs if node is not None])
+    gradients = graph.storages([node for node in joint.gradients if node is not None])
+    mentioned = {name for op in ops for name in (*op.inputs, *op.outputs)} | resident | set(tangents)
+    training = TrainingGraph(
+        ops=tuple(ops),
+        storages={name: size for name, size in sizes.items() if name in mentioned},
+        resident=resident,
+        tangents=tuple(tangents),
+        outputs=tuple(name for name in (*outputs, *graph.tokens_out) if name not in resident),
+        gradients=tuple(gradients),
+    )
+    training.verify()
+    return training
+
+
+def _correct_sizes(kernel: Kernel, cost: KernelCost, sizes: dict[str, int]) -> None:
+    for index, size in cost.output_bytes.items():
+        name = f"{kernel.head.name}.{index}"
+        if name in sizes:
+            sizes[name] = size
+
+
+def _op(kernel: Kernel, cost: KernelCost) -> Op:
+    target = " ".join(str(node.target) for node, _ in kernel.calls) or "rng_state"
+    source = kernel.head.meta.get("source", "") if kernel.calls else ""
+    return Op(
+        name=kernel.name,
+        phase="forward" if kernel.phase == "forward" else "backward",
+        time_s=cost.time_s,
+        inputs=tuple(kernel.reads),
+        outputs=tuple(kernel.writes),
+        transient_bytes=cost.transient_bytes,
+        recomputable=kernel.phase == "forward" and not kernel.once,
+        target=target,
+        source=source,
+    )

@@ -1,0 +1,253 @@
+"""Cost of kernels, measured on the device: seconds, workspace bytes, real output sizes.
+
+Equal kernels (same calls, shapes, strides, dtypes, device) are measured once, on synthetic data. Memory comes
+from the allocator's own events, so that workspace inside a kernel (convolutions, LSTMs) is seen.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rematerialize import torch_private as private
+from rematerialize.aliasing import tensors_of
+from rematerialize.inplace import call_in_place
+from rematerialize.kernels import Kernel
+from rematerialize.lower import KernelCost
+
+# Blocks of these odd sizes, allocated between kernels, mark the borders in the stream of allocator events.
+_BORDER_BYTES = 4099
+_PEAK_RUNS = 3
+_TIMED_SECONDS_PER_KERNEL = 0.02
+
+
+class CostModel:
+    """Measured costs, remembered by kernel signature for as long as this object lives."""
+
+    def __init__(self, time_limit_s: float = 2.0) -> None:
+        self.time_limit_s = time_limit_s
+        self._known: dict[str, KernelCost] = {}
+
+    def __call__(self, kernels: Iterable[Kernel]) -> dict[str, KernelCost]:
+        """Costs by kernel name. New kernels are run: each once for memory, some times for time."""
+        signatures = {kernel.name: _signature(kernel) for kernel in kernels if kernel.calls}
+        fresh: dict[str, Kernel] = {}
+        for kernel in kernels:
+            if kernel.calls and signatures[kernel.name] not in self._known:
+                fresh.setdefault(signatures[kernel.name], kernel)
+        with torch.no_grad(), private.disable_autocast(), _kept_generator_state():
+            self._known.update(_measure(fresh, self.time_limit_s))
+        return {name: self._known[signature] for name, signature in signatures.items()}
+
+
+def _measure(fresh: dict[str, Kernel], time_limit_s: float) -> dict[str, KernelCost]:
+    memory = {signature: _Memory(0, {}) for signature in fresh}
+    first_s: dict[str, float] = {}
+    devices = {device.type for kernel in fresh.values() for device in _devices(kernel)}
+    if devices <= {"cpu"}:
+        memory, first_s = _memory_by_events(fresh)
+    else:
+        for signature, kernel in fresh.items():
+            memory[signature], first_s[signature] = _memory_by_statistics(kernel)
+    deadline = time.perf_counter() + time_limit_s
+    costs = {}
+    for signature, kernel in sorted(fresh.items(), key=lambda item: first_s[item[0]]):
+        measured = first_s[signature]
+        if time.perf_counter() < deadline:
+            measured = min(measured, _time(kernel, deadline))
+        found = memory[signature]
+        costs[signature] = KernelCost(measured, found.transient_bytes, found.output_bytes)
+    return costs
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    transient_bytes: int
+    output_bytes: dict[int, int]
+
+
+def _memory_by_events(fresh: dict[str, Kernel]) -> tuple[dict[str, _Memory], dict[str, float]]:
+    """CPU: run every kernel once under the profiler and cut the event stream at the border blocks."""
+    sizes: dict[str, dict[int, int]] = {}
+    first_s: dict[str, float] = {}
+    with allocation_events() as read:
+        for signature, kernel in fresh.items():
+            run = _prepare(kernel)
+            torch.empty(_BORDER_BYTES, dtype=torch.uint8)
+            start = time.perf_counter()
+            result = run()
+            first_s[signature] = time.perf_counter() - start
+            torch.empty(_BORDER_BYTES, dtype=torch.uint8)
+            sizes[signature] = _sizes(result)
+            del run, result
+    windows = _windows(read())
+    memory = {}
+    for signature, window in zip(fresh, windows, strict=True):
+        level = peak = 0
+        for change in window:
+            level += change
+            peak = max(peak, level)
+        memory[signature] = _Memory(max(0, peak - max(level, 0)), sizes[signature])
+    return memory, first_s
+
+
+def _windows(events: list[int]) -> list[list[int]]:
+    windows: list[list[int]] = []
+    inside = False
+    for change in events:
+        if change == _BORDER_BYTES:
+            inside = not inside
+            if inside:
+                windows.append([])
+        elif change != -_BORDER_BYTES and inside:
+            windows[-1].append(change)
+    return windows
+
+
+class allocation_events:
+    """Record the CPU allocator's events: a callable on enter, which after the exit gives the byte changes."""
+
+    def __enter__(self) -> Callable[[], list[int]]:
+        self._profile = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        )
+        self._profile.__enter__()
+        self._events: list[int] = []
+        return lambda: self._events
+
+    def __exit__(self, *exc: object) -> None:
+        self._profile.__exit__(None, None, None)
+        self._events = private.memory_events(self._profile)
+
+
+def _memory_by_statistics(kernel: Kernel) -> tuple[_Memory, float]:
+    """CUDA: the caching allocator's own peak around one run."""
+    run = _prepare(kernel)
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    result = run()
+    torch.cuda.synchronize()
+    elapsed = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() - before
+    kept = torch.cuda.memory_allocated() - before
+    return _Memory(max(0, peak - max(kept, 0)), _sizes(result)), elapsed
+
+
+def _sizes(result: Any) -> dict[int, int]:
+    return {index: tensor.untyped_storage().nbytes() for index, tensor in tensors_of(result)}
+
+
+def _time(kernel: Kernel, deadline: float) -> float:
+    """Median of warm runs."""
+    run = _prepare(kernel)
+    cuda = any(device.type == "cuda" for device in _devices(kernel))
+    run()
+    times: list[float] = []
+    spent = 0.0
+    while len(times) < _PEAK_RUNS or (spent < _TIMED_SECONDS_PER_KERNEL and len(times) < 15):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+        spent += times[-1]
+        if time.perf_counter() > deadline:
+            break
+    return statistics.median(times)
+
+
+def _prepare(kernel: Kernel) -> Callable[[], Any]:
+    """A closure that runs the kernel on synthetic data; it returns the allocating call's result."""
+    data: dict[fx.Node, Any] = {}
+    inside = {node for node, _ in kernel.calls}
+    for node, _ in kernel.calls:
+        for source in node.all_input_nodes:
+            if source not in inside and source not in data:
+                data[source] = _synthetic(source.meta["val"])
+
+    def run() -> Any:
+        values = dict(data)
+        first = None
+        for node, form in kernel.calls:
+            args = fx.node.map_arg(node.args, lambda source: values[source])
+            kwargs = fx.node.map_arg(node.kwargs, lambda source: values[source])
+            target = node.target
+            if form is not None:
+                target, args, kwargs = call_in_place(form, args, kwargs)
+            result = target(*args, **kwargs)  # type: ignore[operator]
+            values[node] = result
+            # Inside a kernel only the written-over value goes on: items of a tuple are looked up by views.
+            for user in node.users:
+                if user.target is private.getitem and user not in values:
+                    values[user] = result[user.args[1]]
+            first = result if first is None else first
+        return first
+
+    return run
+
+
+def _synthetic(value: Any) -> Any:
+    """A real tensor with the layout of a fake one: floats in (0.25, 1), so that no formula meets a NaN."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_synthetic(item) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    extent = value.untyped_storage().nbytes() // value.element_size() - value.storage_offset()
+    needed = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+    base = torch.empty(max(needed, 0), dtype=value.dtype, device=value.device)
+    if value.is_floating_point() or value.is_complex():
+        base.uniform_(0.25, 1.0) if not value.is_complex() else base.fill_(0.5)
+    else:
+        base.zero_()
+    del extent
+    return base.as_strided(value.shape, value.stride())
+
+
+def _devices(kernel: Kernel) -> Iterator[torch.device]:
+    for node, _ in kernel.calls:
+        for _, tensor in tensors_of(node.meta["val"]):
+            yield tensor.device
+
+
+def _signature(kernel: Kernel) -> str:
+    """Everything that a kernel's cost depends on, as text."""
+    numbers: dict[fx.Node, str] = {}
+
+    def describe(source: fx.Node) -> str:
+        if source not in numbers:
+            layouts = [
+                f"{tuple(t.shape)}{t.stride()}{t.dtype}{t.device}" for _, t in tensors_of(source.meta["val"])
+            ]
+            numbers[source] = f"${len(numbers)}:{layouts}"
+        return numbers[source]
+
+    parts = []
+    for node, form in kernel.calls:
+        args = fx.node.map_arg(node.args, lambda source: describe(source))
+        kwargs = fx.node.map_arg(node.kwargs, lambda source: describe(source))
+        parts.append(f"{node.target} {form.position if form else ''} {args} {kwargs}")
+    return "; ".join(parts)
+
+
+class _kept_generator_state:
+    """Measuring random kernels must not change what the user's generators draw next."""
+
+    def __enter__(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def __exit__(self, *exc: object) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)

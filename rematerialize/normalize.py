@@ -1,0 +1,234 @@
+"""Rewrite a captured joint graph into the form that the planner reads: fx graph -> fx graph.
+
+What the trace leaves implicit becomes explicit: buffer updates are ops, gradients own their storage in the
+layout that autograd adopts without a copy, and ops that took a tensor only for its shape don't depend on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rematerialize import torch_private as private
+from rematerialize.aliasing import Aliases, find_aliases, input_nodes, is_random, is_view, phase_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class NormalGraph:
+    """A joint graph, normalized.
+
+    Attributes
+    ----------
+    joint : JointTrace
+        Its ``mutations`` are empty: they are ops now, listed in ``effects``.
+    effects : tuple of Node
+        Forward ops that must run exactly once for what they write to ``written``.
+    written : dict
+        Effect node to the primal placeholders that it changes.
+    """
+
+    joint: private.JointTrace
+    effects: tuple[fx.Node, ...]
+    written: dict[fx.Node, tuple[fx.Node, ...]]
+
+
+def normalize(joint: private.JointTrace) -> NormalGraph:
+    """Apply every rewrite, drop dead nodes. The graph is changed in place and belongs to the result."""
+    graph = joint.graph
+    written: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    _factories_without_templates(graph)
+    pending = _statistics_in_place(joint, written)
+    _keep_old_values(joint, [joint.primals[index] for index, _ in pending])
+    _write_mutations(joint, pending, written)
+    gradients = _own_gradients(joint)
+    normal = NormalGraph(replace(joint, mutations=(), gradients=gradients), tuple(written), written)
+    _drop_dead(normal)
+    return normal
+
+
+def _tag_like(node: fx.Node, like: fx.Node, value: Any) -> fx.Node:
+    node.meta.update({k: like.meta[k] for k in ("partitioner_tag", "source", "seq_nr") if k in like.meta})
+    node.meta["val"] = value
+    return node
+
+
+_TEMPLATE_FACTORIES = {
+    aten.empty_like.default: None,
+    aten.zeros_like.default: 0,
+    aten.ones_like.default: 1,
+    aten.new_zeros.default: 0,
+    aten.new_ones.default: 1,
+    aten.new_empty.default: None,
+}
+
+
+def _factories_without_templates(graph: fx.Graph) -> None:
+    """``zeros_like(x)`` needs x's shape only: kept as it is, it would hold x in memory."""
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in _TEMPLATE_FACTORIES:
+            continue
+        value = node.meta["val"]
+        options = {"dtype": value.dtype, "device": value.device}
+        fill = _TEMPLATE_FACTORIES[node.target]
+        if fill is None:
+            node.target = aten.empty_strided.default
+            node.args = (list(value.shape), list(value.stride()))
+        elif value.is_contiguous():
+            node.target = aten.full.default
+            node.args = (list(value.shape), fill)
+        else:
+            continue
+        node.kwargs = options
+
+
+def _statistics_in_place(
+    joint: private.JointTrace, written: dict[fx.Node, tuple[fx.Node, ...]]
+) -> list[tuple[int, fx.Node]]:
+    """Batch norms update their running statistics in place, as in eager; returns the other mutations."""
+    new_value = {joint.primals[index]: value for index, value in joint.mutations}
+    done: set[fx.Node] = set()
+    for node in joint.graph.nodes:
+        if node.target is not aten._native_batch_norm_legit_functional.default or node.args[5] is not True:
+            continue
+        mean, var = node.args[3], node.args[4]
+        items = {user.args[1]: user for user in node.users}
+        if new_value.get(mean) is not items.get(3) or new_value.get(var) is not items.get(4):
+            continue
+        if 3 not in items or not all(_only_statistics(items[i]) for i in (3, 4)):
+            continue
+        for index in (3, 4):
+            for user in list(items[index].users):
+                if user.op != "output":
+                    arguments = list(user.args)
+                    arguments[3:5] = [None, None]
+                    user.args = tuple(arguments)
+        node.target = aten._native_batch_norm_legit.default
+        node.meta["val"] = tuple(node.meta["val"][:3])
+        written[node] = (mean, var)
+        done.update((mean, var))
+    return [(index, value) for index, value in joint.mutations if joint.primals[index] not in done]
+
+
+def _only_statistics(item: fx.Node) -> bool:
+    """Used by nothing but the batch norm's own backward, which in training doesn't read it."""
+    return all(
+        user.op == "output"
+        or (user.target is aten.native_batch_norm_backward.default and user.args[7] is True)
+        for user in item.users
+    )
+
+
+def _keep_old_values(joint: private.JointTrace, mutated: list[fx.Node]) -> None:
+    """The backward of an op that read a buffer before its update needs the old value: a clone of it."""
+    if not mutated:
+        return
+    graph = joint.graph
+    aliases = find_aliases(graph)
+    read_late = {
+        name
+        for node in graph.nodes
+        if node.op == "call_function" and phase_of(node) == "backward" and not is_view(node, aliases)
+        for source in input_nodes(node)
+        for name in aliases.of[source]
+    }
+    for primal in mutated:
+        if aliases.single(primal) not in read_late:
+            continue
+        with graph.inserting_after(_last_placeholder(graph)):
+            clone = graph.call_function(aten.clone.default, (primal,))
+        value = primal.meta["val"]
+        with value.fake_mode:
+            clone.meta["val"] = torch.empty_like(value)
+        clone.meta["once"] = True
+        primal.replace_all_uses_with(clone, delete_user_cb=lambda user, own=clone: user is not own)
+
+
+def _last_placeholder(graph: fx.Graph) -> fx.Node:
+    last: fx.Node = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    return last
+
+
+def _write_mutations(
+    joint: private.JointTrace, pending: list[tuple[int, fx.Node]], written: dict[fx.Node, tuple[fx.Node, ...]]
+) -> None:
+    """Each remaining buffer update becomes a ``copy_`` at the end of the forward."""
+    if not pending:
+        return
+    forward = [n for n in joint.graph.nodes if n.op == "call_function" and phase_of(n) == "forward"]
+    anchor = forward[-1] if forward else _last_placeholder(joint.graph)
+    for index, value in pending:
+        primal = joint.primals[index]
+        with joint.graph.inserting_after(anchor):
+            anchor = joint.graph.call_function(aten.copy_.default, (primal, value))
+        anchor.meta["val"] = primal.meta["val"]
+        anchor.meta["source"] = value.meta.get("source", "")
+        written[anchor] = (primal,)
+
+
+def lay_out(gradient: Tensor, size: list[int], stride: list[int]) -> Tensor:
+    """A copy of a gradient that owns its storage, in its parameter's layout."""
+    fresh = torch.empty_strided(size, stride, dtype=gradient.dtype, device=gradient.device)
+    return fresh.copy_(gradient)
+
+
+def _own_gradients(joint: private.JointTrace) -> tuple[fx.Node | None, ...]:
+    """Gradients that autograd adopts as they are: otherwise it clones them behind the plan's back."""
+    graph = joint.graph
+    aliases = find_aliases(graph)
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    taken = {name for node in joint.outputs if node is not None for name in aliases.of[node]}
+    owned: list[fx.Node | None] = []
+    for primal, gradient in zip(joint.primals, joint.gradients, strict=True):
+        if gradient is None:
+            owned.append(None)
+            continue
+        name = aliases.single(gradient)
+        like, value = primal.meta["val"], gradient.meta["val"]
+        origin = aliases.origin[name]
+        adopted = (
+            name not in taken
+            and origin.op == "call_function"
+            and phase_of(origin) == "backward"
+            and value.stride() == like.stride()
+            and value.numel() * value.element_size() == aliases.size_bytes[name]
+        )
+        if not adopted:
+            with graph.inserting_before(output):
+                copy = graph.call_function(lay_out, (gradient, list(value.shape), _dense_strides(like)))
+            with value.fake_mode:
+                _tag_like(copy, gradient, lay_out(value, list(value.shape), _dense_strides(like)))
+            copy.meta["partitioner_tag"] = "is_backward"
+            gradient = copy
+        else:
+            taken.add(name)
+        owned.append(gradient)
+    return tuple(owned)
+
+
+def _dense_strides(like: Tensor) -> list[int]:
+    return list(torch.empty_like(like, device="meta").stride())
+
+
+def _drop_dead(normal: NormalGraph) -> None:
+    """Keep what outputs, gradients, effects and the generator's state need; drop the rest."""
+    joint = normal.joint
+    output = next(node for node in reversed(joint.graph.nodes) if node.op == "output")
+    wanted = [node for node in (*joint.outputs, *joint.gradients, *normal.effects) if node is not None]
+    output.args = (tuple(wanted),)
+    needed = set(wanted)
+    for node in reversed(joint.graph.nodes):
+        if node.op == "output":
+            continue
+        if node in needed or (node.op == "call_function" and is_random(node)):
+            needed.update(node.all_input_nodes)
+        elif node.op != "placeholder":
+            joint.graph.erase_node(node)
+
+
+def storages(normal: NormalGraph) -> Aliases:
+    return find_aliases(normal.joint.graph)

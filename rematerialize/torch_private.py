@@ -1,0 +1,343 @@
+"""Every private torch name that the package touches, and nothing else.
+
+Torch renames its internals without notice: when a release breaks the package, it breaks here. Each function
+states what it needs from torch, so that a replacement can be judged. Checked on torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from torch import Tensor, fx, nn
+from torch._C import DispatchKey
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    IntermediateBaseAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+    TangentAOTInput,
+)
+from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
+from torch._functorch._aot_autograd.schemas import OutputType
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+# The trace patches process-wide state of torch (the composite kernels): one trace at a time.
+_TRACE_LOCK = threading.RLock()
+
+# Their Python kernels are needed: the C++ ones hide from functionalization that they write running statistics.
+_KEEP_PYTHON_KERNEL = frozenset(
+    {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::broadcast_tensors", "aten::empty"}
+)
+
+disable_autocast = torch._C._DisableAutocast
+tree_flatten = pytree.tree_flatten
+tree_unflatten = pytree.tree_unflatten
+TreeSpec = pytree.TreeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class OutputAlias:
+    """How a flat output relates to others: ``kind`` is "value", "input", "input_view" or "base_view".
+
+    ``index`` is the aliased primal for the input kinds, and the position among the graph's outputs (user
+    outputs, then intermediate bases) for "base_view".
+    """
+
+    kind: str
+    index: int
+    requires_grad: bool
+    view_sequence: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class JointTrace:
+    """The joint graph of a flat function and the meaning of its inputs and outputs, by position.
+
+    ``tangents[k]`` pairs the k-th tangent placeholder with the position of its output among ``outputs``
+    (user outputs, then intermediate bases). ``mutations`` pairs primal positions with the nodes of their
+    new values, ``gradients[i]`` belongs to primal ``i``.
+    """
+
+    graph: fx.Graph
+    owner: nn.Module
+    primals: tuple[fx.Node, ...]
+    tangents: tuple[tuple[fx.Node, int], ...]
+    outputs: tuple[fx.Node | None, ...]
+    aliases: tuple[OutputAlias, ...]
+    mutations: tuple[tuple[int, fx.Node], ...]
+    gradients: tuple[fx.Node | None, ...]
+
+
+class UnsupportedTraceError(Exception):
+    """The trace succeeded but holds a construct that the package doesn't handle."""
+
+
+@contextlib.contextmanager
+def _eager_composites() -> Iterator[None]:
+    """Take away Python decompositions that eager doesn't run, so that the trace holds eager's own kernels.
+
+    With them ``upsample_nearest2d`` becomes index arithmetic, ``dropout`` another kernel, and an LSTM one op
+    per gate: slower than eager, and not bit-equal to it.
+    """
+    removed = []
+    for packet_name in dir(torch.ops.aten):
+        packet = getattr(torch.ops.aten, packet_name)
+        for overload in packet.overloads() if hasattr(packet, "overloads") else ():
+            op = getattr(packet, overload)
+            if op._schema.name in _KEEP_PYTHON_KERNEL:
+                continue
+            for key in (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd):
+                if key in op.py_kernels:
+                    removed.append((op, key, op.py_kernels.pop(key)))
+                    op._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for op, key, kernel in removed:
+            op.py_kernels[key] = kernel
+            op._dispatch_cache.clear()
+
+
+@contextlib.contextmanager
+def _compiling_flag() -> Iterator[None]:
+    """Make ``torch.compiler.is_compiling()`` true, as torch.export does: libraries test it before
+    data-dependent checks."""
+    old = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = old
+
+
+@contextlib.contextmanager
+def _recorded_sources() -> Iterator[None]:
+    """Note on each forward node the user's line that asked for it (``meta["source"]``).
+
+    torch can record whole stack traces, at a millisecond per node; one walk over the frames costs microseconds.
+    """
+    create_node = PythonKeyTracer.create_node
+
+    def noted(self: PythonKeyTracer, *args: Any, **kwargs: Any) -> fx.Node:
+        node = create_node(self, *args, **kwargs)
+        source = _user_line()
+        if source:
+            node.meta["source"] = source
+        return node
+
+    PythonKeyTracer.create_node = noted
+    try:
+        yield
+    finally:
+        PythonKeyTracer.create_node = create_node
+
+
+_TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
+_OUR_FOLDER = os.path.dirname(__file__) + os.sep
+
+
+def _user_line() -> str:
+    """The innermost "file.py:12" outside torch between here and the traced function; "" outside it."""
+    found = ""
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code is _FlatModule.forward.__code__:
+            return found
+        if not found and not code.co_filename.startswith((_TORCH_FOLDER, _OUR_FOLDER)):
+            found = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+class _FlatModule(nn.Module):
+    """A module without state around a flat function: the front door of torch's joint export."""
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *flat: Tensor) -> Sequence[Tensor]:
+        return self.function(*flat)
+
+
+def trace_joint(function: Callable[..., Sequence[Tensor]], primals: Sequence[Tensor]) -> JointTrace:
+    """Trace the functionalized joint forward-backward graph of ``function`` at the ATen level.
+
+    Parameters
+    ----------
+    function : callable
+        Takes the flat primals, returns flat tensors. Called several times, with fake tensors.
+    primals : sequence of Tensor
+        Distinct tensors; gradients are taken for those that require grad.
+
+    Raises
+    ------
+    UnsupportedTraceError
+        For constructs that need a runtime which the package doesn't have. Whatever ``function`` or torch
+        raises passes through.
+    """
+    with (
+        _TRACE_LOCK,
+        contextlib.ExitStack() as stack,
+        _eager_composites(),
+        _compiling_flag(),
+        _recorded_sources(),
+        functorch_config.patch(backward_pass_autocast="off"),
+    ):
+        joint = aot_export_joint_with_descriptors(stack, _FlatModule(function), tuple(primals), {})
+        return _read_joint(joint, len(primals))
+
+
+def _read_joint(joint: Any, primal_count: int) -> JointTrace:
+    graph_module = joint.graph_module
+    metadata = joint._aot_state.fw_metadata
+    if any(info.mutates_metadata or info.mutates_storage_metadata for info in metadata.input_info):
+        raise UnsupportedTraceError("the forward changes the shape or the storage of an input in place")
+    primals: list[fx.Node | None] = [None] * primal_count
+    tangents: list[tuple[fx.Node, Any]] = []
+    nodes = list(graph_module.graph.nodes)
+    for node in nodes:
+        if node.op != "placeholder":
+            continue
+        descriptor = node.meta["desc"]
+        if isinstance(descriptor, PlainAOTInput):
+            primals[descriptor.idx] = node
+        elif isinstance(descriptor, TangentAOTInput):
+            tangents.append((node, descriptor.output))
+        else:
+            raise UnsupportedTraceError(f"the forward needs an input of kind {type(descriptor).__name__}")
+    output_node = nodes[-1]
+    found = _read_outputs(output_node, len(metadata.output_info), primal_count)
+    position = {_output_key(descriptor): i for i, descriptor in enumerate(found.descriptors)}
+    paired = []
+    for node, descriptor in tangents:
+        key = _output_key(descriptor)
+        if key not in position:
+            raise UnsupportedTraceError("an input that requires grad is changed in place inside the forward")
+        paired.append((node, position[key]))
+    return JointTrace(
+        graph=graph_module.graph,
+        owner=graph_module,
+        primals=tuple(node for node in primals if node is not None),
+        tangents=tuple(paired),
+        outputs=tuple(found.outputs),
+        aliases=_read_aliases(metadata),
+        mutations=tuple(found.mutations),
+        gradients=tuple(found.gradients),
+    )
+
+
+@dataclass(slots=True)
+class _Outputs:
+    outputs: list[fx.Node | None]
+    descriptors: list[Any]
+    mutations: list[tuple[int, fx.Node]]
+    gradients: list[fx.Node | None]
+
+
+def _read_outputs(output_node: fx.Node, user_outputs: int, primal_count: int) -> _Outputs:
+    found = _Outputs([None] * user_outputs, [None] * user_outputs, [], [None] * primal_count)
+    for value, descriptor in zip(output_node.args[0], output_node.meta["desc"], strict=True):  # type: ignore[arg-type]
+        if isinstance(descriptor, PlainAOTOutput):
+            found.outputs[descriptor.idx] = value
+            found.descriptors[descriptor.idx] = descriptor
+        elif isinstance(descriptor, IntermediateBaseAOTOutput):
+            found.outputs.append(value)
+            found.descriptors.append(descriptor)
+        elif isinstance(descriptor, InputMutationAOTOutput) and isinstance(
+            descriptor.mutated_input, PlainAOTInput
+        ):
+            found.mutations.append((descriptor.mutated_input.idx, value))
+        elif isinstance(descriptor, GradAOTOutput) and isinstance(descriptor.grad_of, PlainAOTInput):
+            found.gradients[descriptor.grad_of.idx] = value
+        elif descriptor is not None and value is not None:
+            raise UnsupportedTraceError(f"the forward returns a value of kind {type(descriptor).__name__}")
+    return found
+
+
+def _output_key(descriptor: Any) -> str:
+    return repr(descriptor)
+
+
+def _read_aliases(metadata: Any) -> tuple[OutputAlias, ...]:
+    kinds = {
+        OutputType.is_input: "input",
+        OutputType.alias_of_input: "input_view",
+        OutputType.alias_of_intermediate: "base_view",
+        OutputType.alias_of_intermediate_save_as_output: "base_view",
+        OutputType.alias_of_intermediate_base_is_user_output: "base_view",
+    }
+    user_outputs = len(metadata.output_info)
+    aliases = []
+    for info in metadata.output_info:
+        kind = kinds.get(info.output_type, "value")
+        index = info.base_idx if info.base_idx is not None and kind != "value" else -1
+        if kind == "base_view" and info.output_type != OutputType.alias_of_intermediate_base_is_user_output:
+            index += user_outputs
+        aliases.append(OutputAlias(kind, index, info.requires_grad, info.view_meta_sequence))
+    return tuple(aliases)
+
+
+def view_again(base: Tensor, like: Tensor, alias: OutputAlias) -> Tensor:
+    """Rebuild, differentiably, the view ``like`` of ``base`` that the traced function returned."""
+    result: Tensor = gen_alias_from_base(base, like, alias.requires_grad, alias.view_sequence)
+    return result
+
+
+def leave_tracing() -> contextlib.AbstractContextManager[Any]:
+    """A context in which no torch tracing context is active (kernels are timed for real)."""
+    return tracing(None) if TracingContext.try_get() is not None else contextlib.nullcontext()
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Identity of the storage of a (fake or real) tensor, valid while the tensor is alive."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def is_fake(value: object) -> bool:
+    return isinstance(value, FakeTensor)
+
+
+def backward_keeps_graph() -> bool:
+    """Inside a backward: was it called with ``retain_graph=True``?"""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+class BoxedCodeGen(CodeGen):  # type: ignore[misc]
+    """Generated functions take one list and empty it, so that nobody holds an argument past its last use."""
+
+    def gen_fn_def(
+        self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False
+    ) -> str:
+        names = [name.split(":")[0].split("=")[0].strip() for name in free_vars if name != "self"]
+        head = f"def {self._func_name}(self, boxed):"
+        if not names:
+            return head
+        return f"{head}\n    {', '.join(names)}, = boxed\n    boxed.clear()"
+
+
+getitem = operator.getitem
+
+
+def memory_events(profile: torch.profiler.profile) -> list[int]:
+    """Byte changes of the CPU allocator in time order, from a finished profile with ``profile_memory``."""
+    raw = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = [(e.start_ns(), e.nbytes()) for e in raw if e.name() == "[memory]"]
+    events.sort(key=lambda event: event[0])
+    return [change for _, change in events]
