@@ -83,6 +83,9 @@ def plan(
         typer.Option(metavar="SIZE", help="Peak of what a step allocates: 512MiB, 30% of store-all's."),
     ] = None,
     output: OutputOption = None,
+    graph_file: Annotated[
+        Path | None, typer.Option("--graph", metavar="PATH", help="Also write the graph, for `solve`.")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -99,6 +102,8 @@ def plan(
         _progress(f"planned in {format_seconds(time.perf_counter() - start_s)}")
         if output is not None:
             made.save(output)
+        if graph_file is not None:
+            graph_file.write_text(made.graph.to_json() + "\n", encoding="utf-8")
         print(json.dumps(made.to_dict()) if as_json else made)
 
 

@@ -1,0 +1,89 @@
+"""Write the README's figures from the results, so that none of them is ever typed.
+
+    python -m benchmarks.readme [--check]
+
+A part stands between ``<!-- BEGIN generated: NAME -->`` and ``<!-- END generated -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rematerialize.report.table import markdown_table
+from rematerialize.units import format_bytes, format_percent, format_seconds
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PART = re.compile(
+    r"(?P<begin><!-- BEGIN generated: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- END generated -->)", re.DOTALL
+)
+
+
+def demo() -> str:
+    """Return the table of the demo's last recorded run."""
+    record = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    rows = [_demo_row(cell) for cell in record["cells"]]
+    headers = [
+        "model",
+        "budget",
+        "predicted peak",
+        "measured peak",
+        "of eager's",
+        "step time",
+        "planning",
+        "gradients",
+    ]
+    versions = record["versions"]
+    note = (
+        f"`{record['command']}` on {record['device']}, {record['threads']} threads, "
+        f"torch {versions['torch']};\n"
+        f"{record['elapsed_s']:.0f} s in all. Peaks are the allocator's, above what was resident\n"
+        "when the step began; step time is over eager's, in alternating runs."
+    )
+    return f"{markdown_table(headers, rows, '<<>>>>><')}\n\n{note}\n"
+
+
+def _demo_row(cell: dict[str, Any]) -> list[str]:
+    return [
+        cell["model"],
+        cell["budget"],
+        format_bytes(cell["predicted_bytes"]),
+        format_bytes(cell["measured_bytes"]),
+        format_percent(cell["measured_bytes"] / cell["eager_bytes"]),
+        f"{1 + cell['measured_overhead']:.2f}",
+        format_seconds(cell["planning_s"]),
+        cell["gradients"],
+    ]
+
+
+PARTS: dict[str, Callable[[], str]] = {"demo": demo}
+
+
+def rewritten(text: str) -> str:
+    """Return the page with every generated part made anew."""
+    return PART.sub(lambda match: match["begin"] + PARTS[match["name"]]() + match["end"], text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 when stale")
+    check = parser.parse_args().check
+    page = ROOT / "README.md"
+    old = page.read_text(encoding="utf-8")
+    new = rewritten(old)
+    if check and new != old:
+        print("README.md is stale: run `make readme`", file=sys.stderr)
+        return 1
+    if not check:
+        page.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
