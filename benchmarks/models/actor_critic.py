@@ -37,7 +37,8 @@ class Residual(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+        x = x + self.conv2(F.relu(self.conv1(F.relu(x))))
+        return x
 
 
 class Stage(nn.Sequential):

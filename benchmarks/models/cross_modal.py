@@ -47,7 +47,8 @@ class ImageBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        x = x + self.body(x)
+        return x
 
 
 class SoundBlock(nn.Module):
@@ -60,7 +61,8 @@ class SoundBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         signal, gate = self.conv(x).chunk(2, dim=1)
-        return x + self.mix(torch.tanh(signal) * torch.sigmoid(gate))
+        x = x + self.mix(torch.tanh(signal) * torch.sigmoid(gate))
+        return x
 
 
 class CrossModal(nn.Module):

@@ -43,7 +43,8 @@ class GraphConvolution(nn.Module):
         sent, received = h.index_select(0, source), h.index_select(0, target)
         gate = torch.sigmoid(self.gate(torch.cat([sent, received], dim=1)))
         mixed = torch.zeros_like(h).index_add(0, target, weight * gate * sent)
-        return x + self.dropout(mixed)
+        x = x + self.dropout(mixed)
+        return x
 
 
 class GCN(nn.Module):

@@ -57,11 +57,13 @@ class Block(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.attention_dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        return self.dropout(self.projection(mixed.transpose(1, 2).reshape(batch, tokens, width)))
+        joined: Tensor = self.dropout(self.projection(mixed.transpose(1, 2).reshape(x.shape)))
+        return joined
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attend(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 class GPT(nn.Module):

@@ -57,7 +57,7 @@ class Surrogate(nn.Module):
             predicted, h, c = self.span(forcing, h, c)
         else:
             spans = []
-            for chunk in forcing.split(self.chunk):
+            for chunk in torch.split(forcing, self.chunk):
                 prediction, h, c = self.run(self.span, chunk, h, c)
                 spans.append(prediction)
             predicted = torch.cat(spans)
