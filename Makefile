@@ -38,7 +38,7 @@ clean:
 # The stamps make a second run quick; they are remade when the pins change.
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$(PYTHON) is older than 3.11: run make PYTHON=python3.11, or another that you have" >&2; exit 1; }
+	  { echo "$(PYTHON) is missing or older than 3.11: run make PYTHON=python3.11, or another that you have" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "$(PYTHON) -m venv failed: on Debian, 'apt install python3-venv' and try again" >&2; exit 1; }
 

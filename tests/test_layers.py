@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,21 @@ def test_private_torch_appears_in_one_file(path: Path) -> None:
 def test_the_solver_and_what_it_stands_on_never_import_torch(path: Path) -> None:
     wrong = [f"line {line}" for name, line in imported_modules(path) if name.split(".")[0] == "torch"]
     assert not wrong
+
+
+@pytest.mark.parametrize("module", ["rematerialize", "rematerialize.cli", "rematerialize.solve"])
+def test_importing_the_light_parts_does_not_load_torch(module: str) -> None:
+    program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_the_package_offers_its_public_names_lazily_and_no_others() -> None:
+    import rematerialize
+
+    assert set(rematerialize.__all__) <= set(dir(rematerialize))
+    assert all(getattr(rematerialize, name) is not None for name in rematerialize.__all__)
+    with pytest.raises(AttributeError, match="frobnicate"):
+        rematerialize.frobnicate  # noqa: B018
 
 
 @pytest.mark.parametrize("path", FILES, ids=file_id)
