@@ -1,6 +1,6 @@
 """Print overhead and minimum of the portfolio on the synthetic suite or on graph files.
 
-    python benchmarks/solver/table.py [--solver NAME] [graph.json | suite name ...]
+python benchmarks/solver/table.py [--solver NAME] [graph.json | suite name ...]
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("graphs", nargs="*")
     parser.add_argument("--solver", default="auto")
     options = parser.parse_args()
-    print(f"{'graph':24s}{'ops':>6s}" + "".join(f"{p:>7d}" for p in PERCENTS) + "   min%  over%  len x   plan s")
+    print(
+        f"{'graph':24s}{'ops':>6s}" + "".join(f"{p:>7d}" for p in PERCENTS) + "   min%  over%  len x   plan s"
+    )
     for name in options.graphs or SUITE:
         graph = SUITE[name]() if name in SUITE else TrainingGraph.from_json(Path(name).read_text())
         start = time.perf_counter()
@@ -43,7 +45,8 @@ def main() -> None:
         plan = planner.solve(least)
         length = len(plan.forward + plan.backward) / len(full.forward + full.backward)
         print(
-            f"{Path(name).stem:24s}{len(graph.ops):6d}" + "".join(cells)
+            f"{Path(name).stem:24s}{len(graph.ops):6d}"
+            + "".join(cells)
             + f"{100 * least / full.peak_bytes:7.1f}{100 * (plan.time_s / full.time_s - 1):7.1f}"
             + f"{length:7.1f}{seconds:9.2f}",
             flush=True,

@@ -63,16 +63,12 @@ class ChainTables:
 
     def _distances(self) -> np.ndarray:
         """Return ``[s, k]``: slots that holding x_s costs while working above cut k."""
-        size = self.step.size_bytes
-        held = np.zeros((self.count, self.count), dtype=np.int64)
-        for s, segment in enumerate(self.segments):
-            left = set(segment.below)
-            for k in range(s + 1, self.count):
-                left -= self.segments[k].below
-                if not left:
-                    break
-                held[s, k] = self._round(sum(size[v] for v in left))
-        return held
+        crossing = sorted({v for segment in self.segments for v in segment.below})
+        member = np.array([[v in s.below for v in crossing] for s in self.segments], dtype=np.float64)
+        size = np.array([self.step.size_bytes[v] for v in crossing], dtype=np.float64)
+        shared = (member * size) @ member.T
+        held = np.rint((np.diagonal(shared)[:, None] - shared) / self.slot_bytes)
+        return np.asarray(held, dtype=np.int64)
 
     def _fill(self) -> None:
         memory = np.arange(self.slots + 1)
