@@ -18,6 +18,7 @@ from benchmarks.models import (
     resnet,
     unet,
 )
+from benchmarks.models.extra import SPECS as _EXTRA
 from benchmarks.models.spec import Inputs, Made, ModelSpec, Scale, loss_is_output
 
 _FIRST = (
@@ -41,6 +42,6 @@ _FIRST = (
     ),
 )
 
-MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _FIRST}
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (*_FIRST, *_EXTRA)}
 
 __all__ = ["MODELS", "Inputs", "Made", "ModelSpec", "Scale", "loss_is_output"]
