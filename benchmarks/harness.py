@@ -48,13 +48,15 @@ class Stepper:
     note: str = ""
 
     def step(self, seed: int) -> Tensor:
-        """Forward and backward from clean gradients; returns the detached loss."""
+        """Forward and backward from clean gradients; returns the detached loss.
+
+        Outputs are held until the backward is done, as `outputs.loss.backward()` does.
+        """
         clear_gradients(self.module)
         torch.manual_seed(seed)
         forward = self.module if self.call is None else self.call
         outputs = forward(**self.inputs) if isinstance(self.inputs, dict) else forward(*self.inputs)
         loss = self.loss_of(outputs)
-        del outputs  # the caller of a real step holds the loss, not every output
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -107,6 +109,30 @@ class Comparison:
         if not self.generators_equal:
             parts.append("generator state differs")
         return ", ".join(parts)
+
+
+class _WeightlessLoss(torch.autograd.Function):
+    """A scalar whose backward hands every output a gradient of ones and saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
+        ctx.like = [(output.shape, output.dtype, output.device) for output in outputs]
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+
+
+def weightless_loss(outputs: Any) -> Tensor:
+    """Return a loss that adds no memory of its own to the step but the gradients of the outputs.
+
+    A loss outside of the model allocates what no plan of the model can see; this one shows the
+    model's peak alone. Takes a tensor, or a tuple or list of tensors.
+    """
+    parts = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    loss: Tensor = _WeightlessLoss.apply(*(part for part in parts if part.requires_grad))
+    return loss
 
 
 def clear_gradients(module: nn.Module) -> None:

@@ -112,6 +112,7 @@ def _compiling(budget: float, *, mkldnn: bool) -> Iterator[None]:
         functorch_config.patch(activation_memory_budget=budget),
         dynamo_config.patch(
             allow_rnn=True,
+            trace_autograd_ops=True,
             recompile_limit=_MANY_VARIANTS,
             accumulated_recompile_limit=100 * _MANY_VARIANTS,
             automatic_dynamic_shapes=False,

@@ -23,7 +23,14 @@ from benchmarks.models.spec import Inputs, Made, ModelSpec, Scale, loss_is_outpu
 
 _FIRST = (
     ModelSpec("gpt", "first", gpt.make, gpt.make_per_block),
-    ModelSpec("gpt_logits", "first", gpt.make_small, gpt.make_small_per_block, loss_of=gpt.loss_from_logits),
+    ModelSpec(
+        "gpt_logits",
+        "first",
+        gpt.make_small,
+        gpt.make_small_per_block,
+        loss_of=gpt.loss_from_logits,
+        loss_outside=True,
+    ),
     ModelSpec("bert", "first", bert.make, bert.make_per_block),
     ModelSpec("resnet50", "first", resnet.make, resnet.make_per_block),
     ModelSpec("densenet121", "first", densenet.make, densenet.make_per_block),
@@ -39,6 +46,7 @@ _FIRST = (
         actor_critic.make,
         actor_critic.make_per_block,
         loss_of=actor_critic.loss_from_heads,
+        loss_outside=True,
     ),
 )
 

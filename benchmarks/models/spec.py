@@ -50,6 +50,8 @@ class ModelSpec:
         same seed. None: not applicable, see `per_block_reason`.
     loss_of : callable
         Maps the forward's outputs to the scalar to call ``backward`` on.
+    loss_outside : bool
+        Whether `loss_of` computes, rather than picks, the loss: then no plan of the model sees it.
     """
 
     name: str
@@ -58,6 +60,7 @@ class ModelSpec:
     per_block: Callable[[Scale], Made] | None = None
     per_block_reason: str = ""
     loss_of: Callable[[Any], Tensor] = loss_is_output
+    loss_outside: bool = False
 
     def build(self, scale: Scale, *, seed: int = 0, per_block: bool = False) -> Made:
         """Seed the global generator, then make the model and its inputs.
