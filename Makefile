@@ -26,9 +26,10 @@ types: $(DEV)
 	$(BIN)/mypy
 
 bench: $(DEV)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.compare
 
 readme: $(DEV)
+	$(BIN)/python -m benchmarks.compare --render
 	$(BIN)/python -m benchmarks.readme
 
 clean:

@@ -27,7 +27,7 @@ PART = re.compile(
 
 def demo() -> str:
     """Return the table of the demo's last recorded run."""
-    record = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    record = json.loads((RESULTS / "demo" / "demo.json").read_text(encoding="utf-8"))
     rows = [_demo_row(cell) for cell in record["cells"]]
     headers = [
         "model",
