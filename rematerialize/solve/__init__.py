@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from rematerialize.ir import TrainingGraph
 from rematerialize.schedule import Schedule
+from rematerialize.solve.chain import chain
+from rematerialize.solve.descent import descent
 from rematerialize.solve.planner import Planner as _Planner
 from rematerialize.solve.planner import Solver
 from rematerialize.solve.sweep import sweep
@@ -15,6 +17,8 @@ __all__ = ["Planner", "Solver", "frontier", "minimum", "solve", "solvers", "stor
 
 _REGISTRY: dict[str, Solver] = {
     "store_all": lambda step, levels: (),
+    "descent": descent,
+    "chain": chain,
     "sweep": sweep,
 }
 
@@ -30,7 +34,7 @@ class Planner(_Planner):
     def __init__(
         self, graph: TrainingGraph, *, solver: str | Solver = "auto", time_limit_s: float | None = None
     ) -> None:
-        super().__init__(graph, _portfolio(solver), time_limit_s=time_limit_s)
+        super().__init__(graph, _portfolio(solver), refine=solver == "auto", time_limit_s=time_limit_s)
 
 
 def _portfolio(solver: str | Solver) -> dict[str, Solver]:

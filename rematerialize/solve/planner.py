@@ -15,8 +15,11 @@ from rematerialize.errors import BudgetError
 from rematerialize.ir import TrainingGraph
 from rematerialize.schedule import Schedule
 from rematerialize.simulate import simulate
+from rematerialize.solve.descent import oscillate, spend, squeeze
 from rematerialize.solve.step import Plan, Step, compile_step
+from rematerialize.solve.workbench import Workbench
 
+DEPTHS = (0.03, 0.08, 0.2)  # how far oscillation goes below a level
 Solver = Callable[[Step, Sequence[int]], Iterable[Plan]]
 
 
@@ -37,18 +40,27 @@ class Planner:
     graph : TrainingGraph
     solvers : mapping of str to Solver
         The portfolio, in the order in which it runs.
+    refine : bool
+        Whether to squeeze and polish what the portfolio found.
     time_limit_s : float, optional
         Safety limit on the search; plans are deterministic as long as it isn't reached.
     """
 
     def __init__(
-        self, graph: TrainingGraph, solvers: dict[str, Solver], *, time_limit_s: float | None = None
+        self,
+        graph: TrainingGraph,
+        solvers: dict[str, Solver],
+        *,
+        refine: bool = True,
+        time_limit_s: float | None = None,
     ) -> None:
         self.graph = graph
         self._solvers = solvers
         self._time_limit_s = time_limit_s
         self._step = compile_step(graph)
         self._store_all = self._point(self._step.store_all(), "store_all")
+        self._refine = refine
+        self._deadline = float("inf")
         self._archive: list[_Point] = []
 
     def store_all(self) -> Schedule:
@@ -93,20 +105,51 @@ class Planner:
         """Run the portfolio once; return the Pareto front by rising peak and falling time."""
         if self._archive:
             return self._archive
-        start = time.monotonic()
+        self._deadline = time.monotonic() + (self._time_limit_s or float("inf"))
         points = [self._store_all]
         high = self._store_all.peak_bytes
         levels = [high * percent // 100 for percent in range(95, 5, -5)]
         for name, solver in self._solvers.items():
             for plan in solver(self._step, levels):
                 points.append(self._point(plan, name))
-                if self._time_limit_s is not None and time.monotonic() - start > self._time_limit_s:
+                if time.monotonic() > self._deadline:
                     break
-        points.sort(key=lambda p: (p.peak_bytes, p.time_s, p.length))
-        for point in points:
-            if not self._archive or point.time_s < self._archive[-1].time_s:
-                self._archive.append(point)
+        if self._refine:
+            self._squeeze(points)
+            self._polish(points, levels)
+        self._archive = _front(points)
         return self._archive
+
+    def _squeeze(self, points: list[_Point]) -> None:
+        """Lower the minimum, starting from the lowest plan of each solver."""
+        lowest: dict[str, _Point] = {}
+        for point in points:
+            if point.solver not in lowest or _by_peak(point) < _by_peak(lowest[point.solver]):
+                lowest[point.solver] = point
+        for name, point in lowest.items():
+            for plan in squeeze(self._step, point.plan):
+                points.append(self._point(plan, name))
+                if time.monotonic() > self._deadline:
+                    return
+
+    def _polish(self, points: list[_Point], levels: Sequence[int]) -> None:
+        """Spend what each level leaves over, from the best plans below it, then oscillate."""
+        least = min(point.peak_bytes for point in points)
+        near = [least * (100 + percent) // 100 for percent in (0, 2, 5, 10, 20)]
+        for level in sorted({*levels, *near}, reverse=True):
+            best: _Point | None = None
+            for start in _starts(points, level):
+                bench = Workbench(self._step, start.plan)
+                spend(bench, level)
+                found = self._point(bench.plan(), start.solver)
+                if best is None or found.time_s < best.time_s:
+                    best = found
+                if time.monotonic() > self._deadline:
+                    break
+            if best is None:
+                break
+            points.append(best)
+            points.append(self._point(oscillate(self._step, best.plan, level, DEPTHS), best.solver))
 
     def _point(self, plan: Plan, solver: str) -> _Point:
         order = plan.order
@@ -121,3 +164,29 @@ class Planner:
         return Schedule(
             forward, backward, budget_bytes, point.solver, result.peak_bytes, result.time_s, least
         )
+
+
+def _by_peak(point: _Point) -> tuple[int, float, int]:
+    return point.peak_bytes, point.time_s, point.length
+
+
+def _front(points: Sequence[_Point]) -> list[_Point]:
+    """Return the Pareto front of peak and time, by rising peak."""
+    front: list[_Point] = []
+    for point in sorted(points, key=_by_peak):
+        if not front or point.time_s < front[-1].time_s:
+            front.append(point)
+    return front
+
+
+def _starts(points: Sequence[_Point], level: int) -> list[_Point]:
+    """Return the two fastest plans of each solver within a level, and the last one found."""
+    chosen: list[_Point] = []
+    count: dict[str, int] = {}
+    seen: set[float] = set()
+    for point in sorted(points, key=lambda p: (p.time_s, p.peak_bytes)):
+        if point.peak_bytes <= level and count.get(point.solver, 0) < 2 and point.time_s not in seen:
+            count[point.solver] = count.get(point.solver, 0) + 1
+            seen.add(point.time_s)
+            chosen.append(point)
+    return chosen

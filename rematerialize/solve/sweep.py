@@ -35,7 +35,7 @@ def sweep(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
                 yield plan
 
 
-class _NoRoom(Exception):
+class _NoRoomError(Exception):
     pass
 
 
@@ -68,7 +68,7 @@ class _Sweep:
                 self._execute(op)
                 if len(self.order) > limit:
                     return None
-        except _NoRoom:
+        except _NoRoomError:
             return None
         if step.forwards == len(step.names):
             split = len(self.order)
@@ -85,7 +85,7 @@ class _Sweep:
                 self.locks[value] += 1
             stack.append((op, locked))
             if len(stack) + len(self.order) > MAX_STRETCH * len(step.names):
-                raise _NoRoom
+                raise _NoRoomError
 
         push(target)
         while stack:
@@ -143,7 +143,7 @@ class _Sweep:
             excess -= step.size_bytes[value]
         self.cost_of.clear()
         if excess > 0:
-            raise _NoRoom
+            raise _NoRoomError
 
     def _priority(self, value: int) -> float | None:
         """Return the score of evicting a value (least first), or None when it has to stay."""
@@ -152,13 +152,15 @@ class _Sweep:
         after = bisect_right(users, self.clock)
         current = after > 0 and users[after - 1] == self.clock
         distance = (users[after] - self.clock) if after < len(users) else None
+        producer = step.producer[value]
         if value in step.held_gradients or value in step.held_outputs:
+            return None
+        if 0 <= producer < step.forwards and not step.recomputable[producer]:
             return None
         if current:
             distance = 1
         if distance is None:
             return -1.0
-        producer = step.producer[value]
         if producer < 0 or not step.recomputable[producer]:
             return None
         size, far = float(step.size_bytes[value]), float(distance)
