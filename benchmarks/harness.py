@@ -131,8 +131,8 @@ def weightless_loss(outputs: Any) -> Tensor:
     model's peak alone. Takes a tensor, or a tuple or list of tensors.
     """
     parts = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    loss: Tensor = _WeightlessLoss.apply(*(part for part in parts if part.requires_grad))
-    return loss
+    apply: Callable[..., Tensor] = _WeightlessLoss.apply
+    return apply(*(part for part in parts if part.requires_grad))
 
 
 def clear_gradients(module: nn.Module) -> None:

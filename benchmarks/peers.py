@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from benchmarks.harness import Stepper
 from benchmarks.models.spec import ModelSpec, Scale
@@ -84,7 +85,7 @@ def _kernel_names(graph: fx.Graph) -> set[str]:
 
 
 def _partition(record: Partitions, joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
-    from functorch.compile import min_cut_rematerialization_partition
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
     first, second = _kernel_names(forward.graph), _kernel_names(backward.graph)
@@ -105,6 +106,14 @@ def _backend(record: Partitions) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the switch warns about GPUs of another make
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
+
+
+@contextlib.contextmanager
 def _compiling(budget: float, *, mkldnn: bool) -> Iterator[None]:
     functorch_config, dynamo_config = torch._functorch.config, torch._dynamo.config
     logging.getLogger("torch._functorch.partitioners").setLevel(logging.ERROR)
@@ -117,7 +126,7 @@ def _compiling(budget: float, *, mkldnn: bool) -> Iterator[None]:
             accumulated_recompile_limit=100 * _MANY_VARIANTS,
             automatic_dynamic_shapes=False,
         ),
-        torch.backends.mkldnn.flags(enabled=mkldnn) if not mkldnn else contextlib.nullcontext(),
+        contextlib.nullcontext() if mkldnn else _without_mkldnn(),
     ):
         yield
 
@@ -127,19 +136,19 @@ def _compiled(plain: Stepper, budget: float, *, whole_graph: bool, mkldnn: bool)
     record = Partitions()
     compiled = torch.compile(plain.module, backend=_backend(record), fullgraph=whole_graph, dynamic=False)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # The budget is read while compiling only, but a late recompilation must find it, too.
-        with _compiling(budget, mkldnn=mkldnn):
-            return compiled(*args, **kwargs)
-
-    stepper = replace(plain, call=call)
-    for _ in range(2):
-        stepper.step(seed=0)
+    stepper = replace(plain, call=compiled)
+    with _compiling(budget, mkldnn=mkldnn):
+        for _ in range(2):
+            stepper.step(seed=0)
+    if record.graphs == 0:
+        raise PeerError("torch.compile captured no graph with a backward")
+    made = record.graphs
+    stepper.step(seed=0)
+    if record.graphs != made:
+        raise PeerError("torch.compile compiled again without its budget")
     notes = [record.describe()]
     notes += [] if whole_graph else ["graph breaks"]
     notes += [] if mkldnn else ["mkldnn off"]
-    if record.graphs == 0:
-        raise PeerError("torch.compile captured no graph with a backward")
     return replace(stepper, note=", ".join(notes))
 
 
@@ -171,8 +180,3 @@ def ours(spec: ModelSpec, scale: Scale, activation_budget: int | str, *, seed: i
     model, inputs = spec.build(scale, seed=seed)
     wrapped = rematerialize.wrap(model, activation_budget=activation_budget, example_inputs=inputs)
     return Stepper(wrapped, inputs, spec.loss_of)
-
-
-def detached_loss(stepper: Stepper, seed: int) -> Callable[[], Tensor]:
-    """Return the step as a callable without arguments, for a clock."""
-    return lambda: stepper.step(seed)

@@ -17,7 +17,7 @@ PIXELS = 32
 class Denoiser(nn.Module):
     """Predicts the noise and returns the loss as a trainer's step does."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
 
@@ -43,7 +43,7 @@ class Reconstruction(nn.Module):
 def unet2d_condition(scale: Scale = "test") -> Made:
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(
+    unet = UNet2DConditionModel(  # type: ignore[no-untyped-call]
         sample_size=PIXELS,
         block_out_channels=(32, 64),
         layers_per_block=1,
@@ -68,7 +68,7 @@ def unet2d_condition(scale: Scale = "test") -> Made:
 def autoencoder_kl(scale: Scale = "test") -> Made:
     from diffusers import AutoencoderKL
 
-    autoencoder = AutoencoderKL(
+    autoencoder = AutoencoderKL(  # type: ignore[no-untyped-call]
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,

@@ -81,9 +81,9 @@ def t5(scale: Scale = "test") -> Made:
         d_ff=2 * WIDTH[scale],
         num_layers=LAYERS[scale] // 2,
         num_heads=HEADS,
-        decoder_start_token_id=0,
         use_cache=False,
     )
+    config.decoder_start_token_id = 0
     return _ready(T5ForConditionalGeneration(config), scale)
 
 
