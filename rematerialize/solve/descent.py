@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from rematerialize.solve.step import Plan, Step
-from rematerialize.solve.workbench import Workbench
+from rematerialize.solve.workbench import Move, Workbench
 
 PRICE_POWER = 16.0  # how much more a nearly full slot costs than an empty one
 STRETCH = 0.25  # inputs smaller than this times the value are kept rather than recomputed
@@ -76,7 +76,7 @@ def spend(bench: Workbench, budget: int) -> bool:
 def _spend_once(bench: Workbench, budget: int) -> bool:
     full = np.maximum(bench.memory, 0) / max(budget, 1)
     prices = np.concatenate(([0.0], np.cumsum(full**PRICE_POWER + 1e-6 * (full > 0))))
-    heap = [(-_ratio(bench, slot, prices), slot) for runs in bench.runs for slot in runs[1:]]
+    heap = [(-_ratio(bench.retention(slot), prices), slot) for runs in bench.runs for slot in runs[1:]]
     heapq.heapify(heap)
     applied = False
     while heap:
@@ -86,7 +86,7 @@ def _spend_once(bench: Workbench, budget: int) -> bool:
         move = bench.retention(slot)
         if not bench.fits(move, budget):
             continue
-        ratio = -_ratio(bench, slot, prices)
+        ratio = -_ratio(move, prices)
         if heap and ratio > heap[0][0] and ratio > stale * 0.999:
             heapq.heappush(heap, (ratio, slot))
             continue
@@ -95,8 +95,7 @@ def _spend_once(bench: Workbench, budget: int) -> bool:
     return applied
 
 
-def _ratio(bench: Workbench, slot: int, prices: np.ndarray) -> float:
-    move = bench.retention(slot)
+def _ratio(move: Move, prices: np.ndarray) -> float:
     cost = 0.0
     for start, stop, size in move.ranges:
         if stop - start > 1:
@@ -151,7 +150,7 @@ def _descend_once(bench: Workbench, target: int) -> bool:
     ranked.sort()
     done = 0
     for _, value, slot, reader in ranked:
-        if value in bench.readers[slot] and reader in bench.readers[slot][value]:
+        if value in bench.readers.get(slot, ()) and reader in bench.readers[slot][value]:
             done += _try_drop(bench, value, slot, reader, target)
             if done and (done >= 8 + len(ranked) // 16 or bench.peak_bytes() <= target):
                 break

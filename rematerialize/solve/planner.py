@@ -180,12 +180,12 @@ def _front(points: Sequence[_Point]) -> list[_Point]:
 
 
 def _starts(points: Sequence[_Point], level: int) -> list[_Point]:
-    """Return the two fastest plans of each solver within a level, and the last one found."""
+    """Return the fastest plan of each solver within a level, two of the solver that leads."""
     chosen: list[_Point] = []
     count: dict[str, int] = {}
     seen: set[float] = set()
     for point in sorted(points, key=lambda p: (p.time_s, p.peak_bytes)):
-        if point.peak_bytes <= level and count.get(point.solver, 0) < 2 and point.time_s not in seen:
+        if point.peak_bytes <= level and count.get(point.solver, 0) < 1 + (not chosen) and point.time_s not in seen:
             count[point.solver] = count.get(point.solver, 0) + 1
             seen.add(point.time_s)
             chosen.append(point)

@@ -23,16 +23,17 @@ class _Score:
     distance_power: float
 
 
-SCORES = (_Score(1.0, 1.0), _Score(1.0, 0.5), _Score(0.7, 0.3))
+SCORES = (_Score(1.0, 1.0), _Score(0.7, 0.3))
 
 
 def sweep(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
-    """Yield one plan per level and score variant that fits. O(ops x live values) per plan."""
-    for budget in sorted(levels, reverse=True):
-        for score in SCORES:
+    """Yield plans at every second level, per score variant, until one doesn't fit. O(ops x live values) per plan."""
+    for score in SCORES:
+        for budget in sorted(levels, reverse=True)[::2]:
             plan = _Sweep(step, budget, score).run()
-            if plan is not None:
-                yield plan
+            if plan is None:
+                break
+            yield plan
 
 
 class _NoRoomError(Exception):

@@ -52,44 +52,56 @@ class Workbench:
         self._lay_out(plan)
 
     def _lay_out(self, plan: Plan) -> None:
-        step = self.step
-        count = len(plan.order)
-        self.slots = count * SPACING
+        step, slots = self.step, len(plan.order) * SPACING
+        self.slots = slots
         self.split = plan.split * SPACING
-        self.op_at = [-1] * self.slots
-        self.memory = np.full(self.slots, -_FREE, dtype=np.int64)
-        self.sources: list[list[int]] = [[] for _ in range(self.slots)]
-        self.readers: list[dict[int, list[int]]] = [{} for _ in range(self.slots)]
+        self.op_at = [-1] * slots
+        self.sources: dict[int, list[int]] = {}
+        self.readers: dict[int, dict[int, list[int]]] = {}
         self.runs: list[list[int]] = [[] for _ in step.names]
-        self.memory[SPACING - 1 :: SPACING] = step.timeline(plan)
-        # Free slots carry the bytes that live across them, minus _FREE.
-        self._carry(plan)
         newest: dict[int, int] = {}
-        for position, op in enumerate(plan.order):
-            slot = position * SPACING + SPACING - 1
-            if position == plan.split:
+        slot = SPACING - 1
+        inputs, outputs, readers = step.inputs, step.outputs, self.readers
+        for op in plan.order:
+            if slot - SPACING + 1 == self.split:
                 self._hold(newest, step.held_outputs)
             self.op_at[slot] = op
-            self.sources[slot] = [newest.get(value, -1) for value in step.inputs[op]]
-            for value, source in zip(step.inputs[op], self.sources[slot], strict=True):
+            sources = []
+            for value in inputs[op]:
+                source = newest.get(value, -1)
+                sources.append(source)
                 if source >= 0:
-                    self.readers[source][value].append(slot)
-            self.readers[slot] = {value: [] for value in step.outputs[op]}
-            for value in step.outputs[op]:
+                    readers[source][value].append(slot)
+            self.sources[slot] = sources
+            made: dict[int, list[int]] = {}
+            for value in outputs[op]:
+                made[value] = []
                 newest[value] = slot
+            readers[slot] = made
             self.runs[op].append(slot)
-        if plan.split == count:
+            slot += SPACING
+        if self.split == slots:
             self._hold(newest, step.held_outputs)
         self._hold(newest, step.held_gradients)
+        self.memory = self._measure(plan)
 
-    def _carry(self, plan: Plan) -> None:
-        """Set the memory of free slots: what lives between two executions."""
-        step = self.step
-        occupied = self.memory[SPACING - 1 :: SPACING]
-        for position, op in enumerate(plan.order):
-            made = sum(step.size_bytes[v] for v in step.outputs[op])
-            start = position * SPACING
-            self.memory[start : start + SPACING - 1] += occupied[position] - made - step.transient_bytes[op]
+    def _measure(self, plan: Plan) -> np.ndarray:
+        """Return the memory at every slot; free slots carry what lives across them, minus _FREE."""
+        step, size = self.step, self.step.size_bytes
+        delta = [0] * (self.slots + 1)
+        for slot, made in self.readers.items():
+            for value, readers in made.items():
+                delta[slot] += size[value]
+                delta[min(readers[-1] + 1, self.slots) if readers else slot + 1] -= size[value]
+        for value, producer in enumerate(step.producer):
+            if producer < 0 and step.users[value]:
+                last = max(self.runs[op][-1] for op in step.users[value])
+                delta[self.split] += size[value]
+                delta[self.slots if value in step.held_gradients else last + 1] -= size[value]
+        memory = np.cumsum(np.array(delta[:-1], dtype=np.int64)) - _FREE
+        memory[SPACING - 1 :: SPACING] += _FREE
+        memory[SPACING - 1 :: SPACING] += np.array(step.transient_bytes, dtype=np.int64)[list(plan.order)]
+        return memory
 
     def _hold(self, newest: dict[int, int], values: frozenset[int]) -> None:
         for value in values:
@@ -208,8 +220,7 @@ class Workbench:
         self.memory[slot] -= _FREE
         self.runs[op].remove(slot)
         self.op_at[slot] = -1
-        self.readers[slot] = {}
-        self.sources[slot] = []
+        del self.readers[slot], self.sources[slot]
 
     def missing(self, value: int, reader: int, stretch: float) -> list[int] | None:
         """Return the ops to run again for a value in front of a reader, in order.
