@@ -123,7 +123,8 @@ class _Emitter:
         again = kernel.name in self.started
         self.started.add(kernel.name)
         if not kernel.calls:
-            self._save_generator(kernel)
+            if kernel.rng_device:
+                self._save_generator(kernel)
             return
         restore = None
         if again and kernel.random:
@@ -209,8 +210,8 @@ class _Emitter:
 
     def _argument(self, key: fx.Node | str, group: str, order: list[Any], entry: Any) -> fx.Node:
         with self._after_placeholders(group):
-            name = key.replace(".", "_") if isinstance(key, str) else key.name
-            node = self.graph.placeholder(name)
+            # A name that no call's result takes: on a clash fx binds a second one, and the value lives on.
+            node = self.graph.placeholder(f"{group}_input_{len(order)}")
         self.groups[group].append(node)
         order.append(entry)
         self.values[key] = node

@@ -79,7 +79,7 @@ class KernelGraph:
     makers : dict
         Node to the kernel that computes it, items of multi-output calls included; views are not in it.
     tokens_out : list of str
-        Zero-byte storages that stand for effects: they must be produced in the forward.
+        Storages that stand for effects (zero bytes) or for what autograd holds: produced in the forward, kept.
     """
 
     normal: NormalGraph
@@ -94,6 +94,8 @@ class KernelGraph:
         return list(dict.fromkeys(name for node in nodes for name in self.storage_of[node]))
 
 
+# The tangent of a scalar loss, which the engine holds to the end of the backward, and the loss outside the model.
+_AUTOGRAD_BYTES = 64
 _RNG_STATE_BYTES = {"cpu": 5056, "cuda": 16}
 
 
@@ -106,6 +108,7 @@ def group_kernels(normal: NormalGraph) -> KernelGraph:
     builder.accumulate_in_place()
     builder.order_effects()
     builder.order_random()
+    builder.count_autograd()
     graph = builder.graph
     for kernel in graph.kernels:
         for node, _ in kernel.calls:
@@ -314,6 +317,13 @@ class _Builder:
         if previous:
             self.graph.tokens_out.append(previous)
         self.graph.kernels = ordered
+
+    def count_autograd(self) -> None:
+        """What autograd itself holds during a step (the loss's own tangent) is part of the peak."""
+        held = "autograd"
+        self.graph.size_bytes[held] = _AUTOGRAD_BYTES
+        self.graph.tokens_out.append(held)
+        self.graph.kernels.insert(0, Kernel(held, "forward", [], [], [held], once=True))
 
 
 def _is_norm(node: fx.Node) -> bool:

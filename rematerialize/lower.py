@@ -20,7 +20,7 @@ class KernelCost:
         Workspace beyond its inputs and outputs.
     output_bytes : mapping of int to int
         Real sizes of the allocating call's outputs, where they differ from what fake tensors say
-        (oneDNN's LSTM workspace has no shape before it runs).
+        (oneDNN's LSTM workspace has no shape before it runs; a mean squared error keeps its elementwise buffer).
     """
 
     time_s: float
@@ -69,13 +69,13 @@ def lower(graph: KernelGraph, costs: Mapping[str, KernelCost]) -> TrainingGraph:
 
 def _correct_sizes(kernel: Kernel, cost: KernelCost, sizes: dict[str, int]) -> None:
     for index, size in cost.output_bytes.items():
-        name = f"{kernel.head.name}.{index}"
-        if name in sizes:
-            sizes[name] = size
+        for name in (f"{kernel.head.name}.{index}", kernel.head.name):
+            if name in sizes and name in kernel.writes:
+                sizes[name] = size
 
 
 def _op(kernel: Kernel, cost: KernelCost) -> Op:
-    target = " ".join(str(node.target) for node, _ in kernel.calls) or "rng_state"
+    target = " ".join(str(node.target) for node, _ in kernel.calls) or ("rng_state" if kernel.rng_device else "autograd")
     source = kernel.head.meta.get("source", "") if kernel.calls else ""
     return Op(
         name=kernel.name,

@@ -76,7 +76,7 @@ def _memory_by_events(fresh: dict[str, Kernel]) -> tuple[dict[str, _Memory], dic
     """CPU: run every kernel once under the profiler and cut the event stream at the border blocks."""
     sizes: dict[str, dict[int, int]] = {}
     first_s: dict[str, float] = {}
-    with allocation_events() as read:
+    with private.allocation_events() as read:
         for signature, kernel in fresh.items():
             run = _prepare(kernel)
             torch.empty(_BORDER_BYTES, dtype=torch.uint8)
@@ -108,22 +108,6 @@ def _windows(events: list[int]) -> list[list[int]]:
         elif change != -_BORDER_BYTES and inside:
             windows[-1].append(change)
     return windows
-
-
-class allocation_events:
-    """Record the CPU allocator's events: a callable on enter, which after the exit gives the byte changes."""
-
-    def __enter__(self) -> Callable[[], list[int]]:
-        self._profile = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        )
-        self._profile.__enter__()
-        self._events: list[int] = []
-        return lambda: self._events
-
-    def __exit__(self, *exc: object) -> None:
-        self._profile.__exit__(None, None, None)
-        self._events = private.memory_events(self._profile)
 
 
 def _memory_by_statistics(kernel: Kernel) -> tuple[_Memory, float]:
@@ -174,7 +158,8 @@ def _prepare(kernel: Kernel) -> Callable[[], Any]:
     for node, _ in kernel.calls:
         for source in node.all_input_nodes:
             if source not in inside and source not in data:
-                data[source] = _synthetic(source.meta["val"])
+                workspace = _opaque(source)
+                data[source] = _synthetic(source.meta["val"]) if workspace is None else workspace
 
     def run() -> Any:
         values = dict(data)
@@ -197,20 +182,34 @@ def _prepare(kernel: Kernel) -> Callable[[], Any]:
     return run
 
 
+def _opaque(source: fx.Node) -> Tensor | None:
+    """A workspace that only its own kernel can fill (oneDNN's LSTM crashes on any other): run that kernel."""
+    while source.op == "call_function" and source.target is not private.getitem and source.all_input_nodes:
+        if source.target is not torch.ops.aten.detach.default:
+            return None
+        source = source.all_input_nodes[0]
+    if source.target is not private.getitem:
+        return None
+    maker, index = source.args
+    if not isinstance(maker, fx.Node) or maker.target is not torch.ops.aten.mkldnn_rnn_layer.default or index != 3:
+        return None
+    args = fx.node.map_arg(maker.args, lambda node: _synthetic(node.meta["val"]))
+    result: Tensor = maker.target(*args, **maker.kwargs)[3]
+    return result
+
+
 def _synthetic(value: Any) -> Any:
     """A real tensor with the layout of a fake one: floats in (0.25, 1), so that no formula meets a NaN."""
     if isinstance(value, (tuple, list)):
         return type(value)(_synthetic(item) for item in value)
     if not isinstance(value, Tensor):
         return value
-    extent = value.untyped_storage().nbytes() // value.element_size() - value.storage_offset()
     needed = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
     base = torch.empty(max(needed, 0), dtype=value.dtype, device=value.device)
     if value.is_floating_point() or value.is_complex():
         base.uniform_(0.25, 1.0) if not value.is_complex() else base.fill_(0.5)
     else:
         base.zero_()
-    del extent
     return base.as_strided(value.shape, value.stride())
 
 

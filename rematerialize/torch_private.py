@@ -19,6 +19,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, fx, nn
 from torch._C import DispatchKey
+from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     InputMutationAOTOutput,
@@ -335,9 +336,23 @@ class BoxedCodeGen(CodeGen):  # type: ignore[misc]
 getitem = operator.getitem
 
 
-def memory_events(profile: torch.profiler.profile) -> list[int]:
-    """Byte changes of the CPU allocator in time order, from a finished profile with ``profile_memory``."""
-    raw = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    events = [(e.start_ns(), e.nbytes()) for e in raw if e.name() == "[memory]"]
-    events.sort(key=lambda event: event[0])
-    return [change for _, change in events]
+class allocation_events:
+    """Record this thread's CPU allocator events: on enter a callable, which after the exit gives byte changes.
+
+    The legacy profiler starts in a tenth of a millisecond and prints nothing; Kineto's takes seconds at first.
+    """
+
+    def __enter__(self) -> Callable[[], list[int]]:
+        config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
+        torch._C._autograd._enable_profiler_legacy(config)
+        self._changes: list[int] = []
+        return lambda: self._changes
+
+    def __exit__(self, *exc: object) -> None:
+        threads = torch._C._autograd._disable_profiler_legacy()
+        self._changes.extend(
+            event.cpu_memory_usage()
+            for events in threads
+            for event in events
+            if event.kind() == "memory_alloc"
+        )
