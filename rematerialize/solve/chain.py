@@ -1,4 +1,4 @@
-"""Chain DP over segments: nested recomputation at any depth.
+r"""Chain DP over segments: nested recomputation at any depth.
 
 Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, "Optimal checkpointing for heterogeneous chains"
 (2019; rotor). Generalized: a stage is a segment of any graph with several options instead of two,
@@ -10,7 +10,7 @@ With M the memory for all but what outer levels hold, x_s the crossing set of se
 
     C(s, t, M) = min of
         min over options o:   time_o + C(s+1, t, M - kept_o)                      if both peaks fit
-        min over s < k <= t:  transit(s..k) + C(k, t, M - |x_s \\ x_k|) + C(s, k-1, M)
+        min over s < k <= t:  transit(s..k) + C(k, t, M - |x_s \ x_k|) + C(s, k-1, M)
 """
 
 from __future__ import annotations
@@ -22,41 +22,62 @@ import numpy as np
 from rematerialize.solve.segments import Segmentation
 from rematerialize.solve.step import Plan, Step
 
-SLOTS = 300
-SEGMENTS = 80
+SLOTS = 200
+SEGMENTS = 72
+PLANS = 40  # plans realized per table
+LARGE = 3000  # ops beyond which fewer are
+MAX_STRETCH = 30  # longer plans than this many times the step's ops are not worth having
 
 
 def chain(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
-    """Yield one plan per memory slot whose choice differs. O(segments^3 x slots)."""
+    """Yield plans spread over the memory slots, then again on finer slots near the least memory.
+
+    O(segments^3 x slots) for the tables, O(length) per plan.
+    """
     if step.forwards == 0 or step.forwards == len(step.names):
         return
-    tables = ChainTables(step)
-    seen: set[float] = set()
-    for slot in range(SLOTS, 0, -1):
-        cost = tables.cost[0, tables.count - 1, slot]
-        if np.isinf(cost):
+    parts = Segmentation(step, SEGMENTS)
+    full = lowest = step.peak_bytes(step.store_all())
+    reach = full
+    for _ in range(3):
+        tables = ChainTables(step, parts, reach)
+        for plan in tables.spread(PLANS if len(step.names) < LARGE else PLANS // 3):
+            lowest = min(lowest, step.peak_bytes(plan))
+            yield plan
+        if lowest * 5 // 4 > reach * 2 // 3:
             break
-        if float(cost) not in seen:
-            seen.add(float(cost))
-            yield tables.plan(slot)
+        reach = lowest * 5 // 4
 
 
 class ChainTables:
     """The filled tables: ``cost[s, t, m]`` in seconds, ``choice[s, t, m]`` (option, or k + options)."""
 
-    def __init__(self, step: Step, *, limit: int = SEGMENTS, slots: int = SLOTS) -> None:
+    def __init__(self, step: Step, parts: Segmentation, reach: int, *, slots: int = SLOTS) -> None:
         self.step = step
-        self.parts = Segmentation(step, limit)
+        self.parts = parts
         self.segments = self.parts.segments
         self.count = len(self.segments)
         self.slots = slots
-        self.slot_bytes = max(step.peak_bytes(step.store_all()) / slots, 1.0)
+        self.slot_bytes = max(reach / slots, 1.0)
         shape = (self.count + 1, self.count + 1, slots + 1)
         self.cost = np.full(shape, np.inf)
         self.choice = np.full((self.count, self.count, slots + 1), -1, dtype=np.int16)
         self.shift = self._distances()
         self.options = max(len(s.options) for s in self.segments)
         self._fill()
+
+    def spread(self, count: int) -> Iterator[Plan]:
+        """Yield about ``count`` different plans, most memory first, the least memory always among them."""
+        whole = self.cost[0, self.count - 1]
+        feasible = np.flatnonzero(np.isfinite(whole))
+        last = -1.0
+        for at in range(len(feasible) - 1, -1, -1):
+            chosen = at % max(len(feasible) // count, 1) == 0
+            if chosen and float(whole[feasible[at]]) != last:
+                last = float(whole[feasible[at]])
+                plan = self.plan(int(feasible[at]))
+                if len(plan.order) <= MAX_STRETCH * len(self.step.names):
+                    yield plan
 
     def _round(self, size: float) -> int:
         return int(size / self.slot_bytes + 0.5)

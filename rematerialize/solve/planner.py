@@ -19,7 +19,6 @@ from rematerialize.solve.descent import oscillate, spend, squeeze
 from rematerialize.solve.step import Plan, Step, compile_step
 from rematerialize.solve.workbench import Workbench
 
-DEPTHS = (0.03, 0.08, 0.2)  # how far oscillation goes below a level
 Solver = Callable[[Step, Sequence[int]], Iterable[Plan]]
 
 
@@ -30,6 +29,29 @@ class _Point:
     length: int
     solver: str
     plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class _Effort:
+    """How much polishing a step of a size gets: counted work, so that plans are deterministic.
+
+    ``depths`` are how far oscillation goes below a level; ``stride`` skips levels.
+    """
+
+    squeezes: int
+    starts: int
+    stride: int
+    depths: tuple[float, ...]
+
+
+def _effort(ops: int) -> _Effort:
+    if ops <= 400:
+        return _Effort(4, 5, 1, (0.03, 0.08, 0.2))
+    if ops <= 1500:
+        return _Effort(2, 3, 1, (0.05,))
+    if ops <= 4000:
+        return _Effort(1, 2, 2, (0.05,))
+    return _Effort(1, 2, 3, ())
 
 
 class Planner:
@@ -60,6 +82,7 @@ class Planner:
         self._step = compile_step(graph)
         self._store_all = self._point(self._step.store_all(), "store_all")
         self._refine = refine
+        self._effort = _effort(len(self._step.names))
         self._deadline = float("inf")
         self._archive: list[_Point] = []
 
@@ -121,12 +144,11 @@ class Planner:
         return self._archive
 
     def _squeeze(self, points: list[_Point]) -> None:
-        """Lower the minimum, starting from the lowest plan of each solver."""
+        """Lower the minimum, starting from the lowest plans of different solvers."""
         lowest: dict[str, _Point] = {}
-        for point in points:
-            if point.solver not in lowest or _by_peak(point) < _by_peak(lowest[point.solver]):
-                lowest[point.solver] = point
-        for name, point in lowest.items():
+        for point in sorted(points, key=_by_peak):
+            lowest.setdefault(point.solver, point)
+        for name, point in list(lowest.items())[: self._effort.squeezes]:
             for plan in squeeze(self._step, point.plan):
                 points.append(self._point(plan, name))
                 if time.monotonic() > self._deadline:
@@ -136,20 +158,22 @@ class Planner:
         """Spend what each level leaves over, from the best plans below it, then oscillate."""
         least = min(point.peak_bytes for point in points)
         near = [least * (100 + percent) // 100 for percent in (0, 2, 5, 10, 20)]
-        for level in sorted({*levels, *near}, reverse=True):
+        for level in sorted({*levels[:: self._effort.stride], *near}, reverse=True):
             best: _Point | None = None
-            for start in _starts(points, level):
+            for start in _starts(points, level)[: self._effort.starts]:
                 bench = Workbench(self._step, start.plan)
                 spend(bench, level)
-                found = self._point(bench.plan(), start.solver)
-                if best is None or found.time_s < best.time_s:
-                    best = found
+                if best is None or bench.time_s < best.time_s:
+                    plan = bench.plan()
+                    best = _Point(bench.peak_bytes(), bench.time_s, len(plan.order), start.solver, plan)
                 if time.monotonic() > self._deadline:
                     break
             if best is None:
                 break
             points.append(best)
-            points.append(self._point(oscillate(self._step, best.plan, level, DEPTHS), best.solver))
+            plan = oscillate(self._step, best.plan, level, self._effort.depths)
+            if plan is not best.plan:
+                points.append(self._point(plan, best.solver))
 
     def _point(self, plan: Plan, solver: str) -> _Point:
         order = plan.order

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from rematerialize.solve.step import Plan, Step
 
+SLACK = 60  # an eviction frees 1/SLACK of the budget more than it has to, so that there are fewer
 MAX_STRETCH = 6  # give up when a sweep runs more than this many times the step's ops
 
 
@@ -23,12 +24,13 @@ class _Score:
     distance_power: float
 
 
+SMALL = 700  # ops up to which every score is tried
 SCORES = (_Score(1.0, 1.0), _Score(0.7, 0.3))
 
 
 def sweep(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
     """Yield plans at every second level, per score variant, until one doesn't fit. O(ops x live values) per plan."""
-    for score in SCORES:
+    for score in SCORES[: 1 if len(step.names) > SMALL else None]:
         for budget in sorted(levels, reverse=True)[::2]:
             plan = _Sweep(step, budget, score).run()
             if plan is None:
@@ -129,6 +131,7 @@ class _Sweep:
 
     def _evict(self, excess: int) -> None:
         step = self.step
+        room = excess + self.budget // SLACK
         ranked = []
         for value in self.live:
             if self.locks[value] == 0 and step.size_bytes[value] > 0:
@@ -137,11 +140,12 @@ class _Sweep:
                     ranked.append((priority, value))
         ranked.sort()
         for _, value in ranked:
-            if excess <= 0:
+            if room <= 0:
                 break
             del self.live[value]
             self.memory -= step.size_bytes[value]
             excess -= step.size_bytes[value]
+            room -= step.size_bytes[value]
         self.cost_of.clear()
         if excess > 0:
             raise _NoRoomError
