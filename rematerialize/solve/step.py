@@ -53,6 +53,7 @@ class Step:
         Ops that read each value, in the graph's order.
     held_outputs, held_gradients : frozenset of int
         Values that live to the end of the step.
+    tangents : tuple of int
     """
 
     names: tuple[str, ...]
@@ -67,6 +68,7 @@ class Step:
     users: tuple[tuple[int, ...], ...]
     held_outputs: frozenset[int]
     held_gradients: frozenset[int]
+    tangents: tuple[int, ...]
 
     def store_all(self) -> Plan:
         """Return the plan that runs every live op once, in the graph's order."""
@@ -95,8 +97,10 @@ class Step:
         for position, op in enumerate(order):
             if position == plan.split:
                 hold()
+                for value in self.tangents:
+                    newest[value] = (position, position - 1)
             for value in self.inputs[op]:
-                birth, death = newest.get(value, (plan.split, position))
+                birth, death = newest[value]
                 newest[value] = (birth, max(death, position))
             for value in self.outputs[op]:
                 if value in newest:
@@ -150,11 +154,11 @@ def compile_step(graph: TrainingGraph) -> Step:
     users: list[list[int]] = [[] for _ in index]
     inputs = [tuple(dict.fromkeys(index[n] for n in op.inputs if n in index)) for op in live]
     outputs = [tuple(index[n] for n in op.outputs) for op in live]
-    for op, (reads, writes) in enumerate(zip(inputs, outputs, strict=True)):
+    for at, (reads, writes) in enumerate(zip(inputs, outputs, strict=True)):
         for value in reads:
-            users[value].append(op)
+            users[value].append(at)
         for value in writes:
-            producer[value] = op
+            producer[value] = at
     return Step(
         names=tuple(op.name for op in live),
         forwards=sum(op.phase == "forward" for op in live),
@@ -168,4 +172,5 @@ def compile_step(graph: TrainingGraph) -> Step:
         users=tuple(tuple(u) for u in users),
         held_outputs=frozenset(index[n] for n in graph.outputs if n in index),
         held_gradients=frozenset(index[n] for n in graph.gradients if n in index),
+        tangents=tuple(index[n] for n in graph.tangents),
     )

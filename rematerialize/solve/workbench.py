@@ -93,11 +93,10 @@ class Workbench:
             for value, readers in made.items():
                 delta[slot] += size[value]
                 delta[min(readers[-1] + 1, self.slots) if readers else slot + 1] -= size[value]
-        for value, producer in enumerate(step.producer):
-            if producer < 0 and step.users[value]:
-                last = max(self.runs[op][-1] for op in step.users[value])
-                delta[self.split] += size[value]
-                delta[self.slots if value in step.held_gradients else last + 1] -= size[value]
+        for value in step.tangents:
+            last = max((self.runs[op][-1] for op in step.users[value]), default=self.split - 1)
+            delta[self.split] += size[value]
+            delta[self.slots if value in step.held_gradients else last + 1] -= size[value]
         memory = np.cumsum(np.array(delta[:-1], dtype=np.int64)) - _FREE
         memory[SPACING - 1 :: SPACING] += _FREE
         memory[SPACING - 1 :: SPACING] += np.array(step.transient_bytes, dtype=np.int64)[list(plan.order)]
