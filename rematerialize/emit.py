@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rematerialize import torch_private as private
+from rematerialize.capture.inplace import call_in_place
+from rematerialize.capture.kernels import Kernel, KernelGraph
 from rematerialize.errors import EmitError
-from rematerialize.inplace import call_in_place
-from rematerialize.kernels import Kernel, KernelGraph
 from rematerialize.schedule import Schedule
 
 aten = torch.ops.aten

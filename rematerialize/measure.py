@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from rematerialize import torch_private as private
-from rematerialize.aliasing import tensors_of
-from rematerialize.inplace import call_in_place
-from rematerialize.kernels import Kernel
-from rematerialize.lower import KernelCost
+from rematerialize.capture.aliasing import tensors_of
+from rematerialize.capture.inplace import call_in_place
+from rematerialize.capture.kernels import Kernel
+from rematerialize.capture.lower import KernelCost
 
 # Blocks of these odd sizes, allocated between kernels, mark the borders in the stream of allocator events.
 _BORDER_BYTES = 4099
@@ -191,10 +191,10 @@ def _opaque(source: fx.Node) -> Tensor | None:
     if source.target is not private.getitem:
         return None
     maker, index = source.args
-    if not isinstance(maker, fx.Node) or maker.target is not torch.ops.aten.mkldnn_rnn_layer.default or index != 3:
+    if not isinstance(maker, fx.Node) or maker.target is not private.training_rnn_layer or index != 3:
         return None
     args = fx.node.map_arg(maker.args, lambda node: _synthetic(node.meta["val"]))
-    result: Tensor = maker.target(*args, **maker.kwargs)[3]
+    result: Tensor = maker.target(*args)[3]  # type: ignore[operator]
     return result
 
 

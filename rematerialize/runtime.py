@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rematerialize import torch_private as private
-from rematerialize.capture import CapturedStep
+from rematerialize.capture.step import CapturedStep
 from rematerialize.emit import EmittedStep
 
 _TWICE = (

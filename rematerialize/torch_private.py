@@ -117,7 +117,8 @@ def _eager_composites() -> Iterator[None]:
 @contextlib.contextmanager
 def _compiling_flag() -> Iterator[None]:
     """Make ``torch.compiler.is_compiling()`` true, as torch.export does: libraries test it before
-    data-dependent checks."""
+    data-dependent checks.
+    """
     old = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
@@ -334,6 +335,16 @@ class BoxedCodeGen(CodeGen):  # type: ignore[misc]
 
 
 getitem = operator.getitem
+
+
+def training_rnn_layer(*args: Any) -> tuple[Tensor, ...]:
+    """OneDNN's LSTM layer with the workspace that its backward needs.
+
+    The op fills it only in grad mode, whatever its ``train`` argument says; below autograd nothing is recorded.
+    """
+    with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+        result: tuple[Tensor, ...] = torch.ops.aten.mkldnn_rnn_layer.default(*args)
+    return result
 
 
 class allocation_events:

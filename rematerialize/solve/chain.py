@@ -22,10 +22,10 @@ import numpy as np
 from rematerialize.solve.segments import Segmentation
 from rematerialize.solve.step import Plan, Step
 
-SLOTS = 200
-SEGMENTS = 72
-PLANS = 40  # plans realized per table
-LARGE = 3000  # ops beyond which fewer are
+SLOTS = 180
+SEGMENTS = 64
+PLANS = 30  # plans realized per table
+LARGE = 800  # ops beyond which fewer are
 MAX_STRETCH = 30  # longer plans than this many times the step's ops are not worth having
 
 
@@ -106,7 +106,10 @@ class ChainTables:
             for high in range(low, self.count):
                 base = self.parts.base_bytes[high]
                 need = np.array(
-                    [self._round(max(o.forward_peak_bytes + base, o.backward_peak_bytes)) for o in segment.options]
+                    [
+                        self._round(max(o.forward_peak_bytes + base, o.backward_peak_bytes))
+                        for o in segment.options
+                    ]
                 )[:, None]
                 time_s = np.array([o.time_s for o in segment.options])[:, None]
                 above = self.cost[low + 1, high] if high > low else np.zeros(self.slots + 1)

@@ -19,6 +19,7 @@ from rematerialize.solve.workbench import Move, Workbench
 
 PRICE_POWER = 16.0  # how much more a nearly full slot costs than an empty one
 STRETCH = 0.25  # inputs smaller than this times the value are kept rather than recomputed
+LARGE = 2500  # ops beyond which squeezing stops early
 MAX_STRETCH = 25  # give up beyond this many times the step's ops
 
 
@@ -51,9 +52,9 @@ def oscillate(step: Step, plan: Plan, level: int, depths: Sequence[float]) -> Pl
 def squeeze(step: Step, plan: Plan) -> Iterator[Plan]:
     """Yield plans of ever lower peak, by descents of a shrinking stride, until stuck."""
     longest = MAX_STRETCH * len(step.names)
-    stride = 0.08
+    stride, least = 0.08, 0.002 if len(step.names) < LARGE else 0.02
     peak = step.peak_bytes(plan)
-    while stride > 0.002 and peak > 0:
+    while stride > least and peak > 0:
         bench = Workbench(step, plan)
         target = int(peak * (1 - stride))
         if descend(bench, target, max_length=longest):
@@ -145,8 +146,8 @@ def _descend_once(bench: Workbench, target: int) -> bool:
         ops = bench.missing(value, reader, STRETCH)
         if ops is not None:
             low = _previous_use(bench, slot, value, reader)
-            relief = float(total[reader] - total[low + 1]) * step.size_bytes[value]
-            ranked.append((step.duration_s(ops) / relief, value, slot, reader))
+            priced = float(total[reader] - total[low + 1]) * step.size_bytes[value]
+            ranked.append((step.duration_s(ops) / priced, value, slot, reader))
     ranked.sort()
     done = 0
     for _, value, slot, reader in ranked:

@@ -19,11 +19,14 @@ from rematerialize.solve.descent import oscillate, spend, squeeze
 from rematerialize.solve.step import Plan, Step, compile_step
 from rematerialize.solve.workbench import Workbench
 
+SUBLEVELS = 8  # levels at which the room between two archived plans is spent
 Solver = Callable[[Step, Sequence[int]], Iterable[Plan]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Point:
+    """A plan that was replayed; ``peak_bytes`` is its peak or a level that it fits."""
+
     peak_bytes: int
     time_s: float
     length: int
@@ -45,13 +48,13 @@ class _Effort:
 
 
 def _effort(ops: int) -> _Effort:
-    if ops <= 400:
+    if ops <= 300:
         return _Effort(4, 5, 1, (0.03, 0.08, 0.2))
-    if ops <= 1500:
+    if ops <= 700:
         return _Effort(2, 3, 1, (0.05,))
-    if ops <= 4000:
+    if ops <= 2500:
         return _Effort(1, 2, 2, (0.05,))
-    return _Effort(1, 2, 3, ())
+    return _Effort(1, 1, 3, ())
 
 
 class Planner:
@@ -83,6 +86,7 @@ class Planner:
         self._store_all = self._point(self._step.store_all(), "store_all")
         self._refine = refine
         self._effort = _effort(len(self._step.names))
+        self._finished: dict[int, list[_Point]] = {}
         self._deadline = float("inf")
         self._archive: list[_Point] = []
 
@@ -111,7 +115,7 @@ class Planner:
                 f" {least} bytes (store-all needs {self._store_all.peak_bytes})",
                 minimum_bytes=least,
             )
-        return self._schedule(archive[at - 1], budget_bytes)
+        return self._schedule(self._finish(at - 1, budget_bytes), budget_bytes)
 
     def frontier(self, points: int = 12) -> tuple[Schedule, ...]:
         """Return at most ``points`` schedules from store-all's peak down to the minimum."""
@@ -143,6 +147,31 @@ class Planner:
         self._archive = _front(points)
         return self._archive
 
+    def _finish(self, index: int, budget_bytes: int) -> _Point:
+        """Return what spending a budget between two archived peaks makes of the lower one.
+
+        Monotone by construction: fixed sublevels are spent one after the other, and what is faster
+        than the upper archived plan is left out.
+        """
+        archive = self._archive
+        best = archive[index]
+        if not self._refine or index + 1 == len(archive) or budget_bytes == best.peak_bytes:
+            return best
+        low, above = best.peak_bytes, archive[index + 1]
+        if index not in self._finished:
+            self._finished[index] = []
+            bench = Workbench(self._step, best.plan)
+            for part in range(1, SUBLEVELS):
+                level = low + (above.peak_bytes - low) * part // SUBLEVELS
+                if spend(bench, level):
+                    plan = bench.plan()
+                    point = _Point(level, bench.time_s, len(plan.order), best.solver, plan)
+                    self._finished[index].append(point)
+        for point in self._finished[index]:
+            if point.peak_bytes <= budget_bytes and above.time_s <= point.time_s < best.time_s:
+                best = point
+        return self._point(best.plan, best.solver)
+
     def _squeeze(self, points: list[_Point]) -> None:
         """Lower the minimum, starting from the lowest plans of different solvers."""
         lowest: dict[str, _Point] = {}
@@ -157,7 +186,7 @@ class Planner:
     def _polish(self, points: list[_Point], levels: Sequence[int]) -> None:
         """Spend what each level leaves over, from the best plans below it, then oscillate."""
         least = min(point.peak_bytes for point in points)
-        near = [least * (100 + percent) // 100 for percent in (0, 2, 5, 10, 20)]
+        near = [least * (100 + percent) // 100 for percent in (0, 2, 5, 10, 20)][:: self._effort.stride]
         for level in sorted({*levels[:: self._effort.stride], *near}, reverse=True):
             best: _Point | None = None
             for start in _starts(points, level)[: self._effort.starts]:
@@ -165,7 +194,8 @@ class Planner:
                 spend(bench, level)
                 if best is None or bench.time_s < best.time_s:
                     plan = bench.plan()
-                    best = _Point(bench.peak_bytes(), bench.time_s, len(plan.order), start.solver, plan)
+                    peak, length = bench.peak_bytes(), len(plan.order)
+                    best = _Point(peak, bench.time_s, length, start.solver, plan)
                 if time.monotonic() > self._deadline:
                     break
             if best is None:
@@ -209,8 +239,9 @@ def _starts(points: Sequence[_Point], level: int) -> list[_Point]:
     count: dict[str, int] = {}
     seen: set[float] = set()
     for point in sorted(points, key=lambda p: (p.time_s, p.peak_bytes)):
-        if point.peak_bytes <= level and count.get(point.solver, 0) < 1 + (not chosen) and point.time_s not in seen:
-            count[point.solver] = count.get(point.solver, 0) + 1
+        taken = count.get(point.solver, 0)
+        if point.peak_bytes <= level and taken < 1 + (not chosen) and point.time_s not in seen:
+            count[point.solver] = taken + 1
             seen.add(point.time_s)
             chosen.append(point)
     return chosen

@@ -25,11 +25,17 @@ class _Score:
 
 
 SMALL = 700  # ops up to which every score is tried
+LARGE = 3000  # ops beyond which the sweep is too slow for what it adds
 SCORES = (_Score(1.0, 1.0), _Score(0.7, 0.3))
 
 
 def sweep(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
-    """Yield plans at every second level, per score variant, until one doesn't fit. O(ops x live values) per plan."""
+    """Yield plans at every second level, per score variant, until one doesn't fit.
+
+    O(ops x live values) per plan.
+    """
+    if len(step.names) > LARGE:
+        return
     for score in SCORES[: 1 if len(step.names) > SMALL else None]:
         for budget in sorted(levels, reverse=True)[::2]:
             plan = _Sweep(step, budget, score).run()
@@ -169,7 +175,8 @@ class _Sweep:
         if producer < 0 or not step.recomputable[producer]:
             return None
         size, far = float(step.size_bytes[value]), float(distance)
-        return self._cost(value) / (size**self.score.size_power * far**self.score.distance_power)
+        weight: float = size**self.score.size_power * far**self.score.distance_power
+        return self._cost(value) / weight
 
     def _cost(self, value: int) -> float:
         """Return the time to recompute a value from what is live, up to a bounded neighbourhood."""

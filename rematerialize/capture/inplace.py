@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rematerialize.capture.scatter import write_through, write_through_
+
 aten = torch.ops.aten
 
 # Not elementwise, but their in-place forms compute the same values.
@@ -19,6 +21,7 @@ _ACCUMULATING = {
     aten.scatter.src: aten.scatter_.src,
     aten.scatter.value: aten.scatter_.value,
     aten.index_copy.default: aten.index_copy_.default,
+    write_through: write_through_,
     aten.bernoulli.p: aten.bernoulli_.float,
     aten.uniform.default: aten.uniform_.default,
     aten.normal_functional.default: aten.normal_.default,
@@ -44,7 +47,8 @@ _COMMUTATIVE = frozenset({aten.add.Tensor, aten.mul.Tensor})
 @dataclass(frozen=True, slots=True)
 class InPlaceForm:
     """How to call an op over its argument ``position``: ``target`` with that argument first (``swap``),
-    or with the keyword ``out`` naming it."""
+    or with the keyword ``out`` naming it.
+    """
 
     target: Any
     position: int

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rematerialize import torch_private as private
-from rematerialize.decompose import splitting_recurrences
+from rematerialize.capture.decompose import splitting_recurrences
 from rematerialize.errors import CaptureError
 
 _PLAIN_TYPES = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -26,7 +26,8 @@ _PLAIN_TYPES = (int, float, bool, complex, str, bytes, type(None), torch.dtype, 
 @dataclass(frozen=True, slots=True)
 class TensorSlot:
     """Where a parameter, buffer or plain tensor attribute lives: ``kind`` is "parameter", "buffer" or
-    "attribute", ``owner`` the module that holds it under ``attribute``, ``name`` its qualified name."""
+    "attribute", ``owner`` the module that holds it under ``attribute``, ``name`` its qualified name.
+    """
 
     kind: str
     name: str
@@ -279,7 +280,7 @@ def _explain(error: Exception, recorder: _Recorder) -> CaptureError:
 
 def _user_frame(error: BaseException) -> str:
     """The innermost frame outside torch and this package, as "file.py:12 in forward: source line"."""
-    skipped = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+    skipped = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
     seen: BaseException | None = error
     while seen is not None:
         frames = [f for f in traceback.extract_tb(seen.__traceback__) if not f.filename.startswith(skipped)]

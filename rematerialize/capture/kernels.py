@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from rematerialize import torch_private as private
-from rematerialize.aliasing import (
+from rematerialize.capture.aliasing import (
     Aliases,
     find_aliases,
     input_nodes,
@@ -20,8 +20,9 @@ from rematerialize.aliasing import (
     phase_of,
     tensors_of,
 )
-from rematerialize.inplace import InPlaceForm, fits_over, in_place_forms
-from rematerialize.normalize import NormalGraph
+from rematerialize.capture.inplace import InPlaceForm, fits_over, in_place_forms
+from rematerialize.capture.normalize import NormalGraph
+from rematerialize.capture.scatter import reads_elsewhere
 
 
 @dataclass(slots=True)
@@ -185,7 +186,7 @@ class _Builder:
         if not fits_over(node, form, self.graph.size_bytes[name]):
             return ""
         others = [other for other in input_nodes(node) if other is not argument]
-        if any(name in self.graph.storage_of[other] for other in others):
+        if any(name in self.graph.storage_of[other] for other in others) and not reads_elsewhere(node):
             return ""
         values = [value for value in (*node.args, *node.kwargs.values()) if value is argument]
         return name if len(values) == 1 else ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from rematerialize.capture.kernels import Kernel, KernelGraph
 from rematerialize.ir import Op, TrainingGraph
-from rematerialize.kernels import Kernel, KernelGraph
 
 
 @dataclass(frozen=True, slots=True)

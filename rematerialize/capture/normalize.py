@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from rematerialize import torch_private as private
-from rematerialize.aliasing import Aliases, find_aliases, input_nodes, is_random, is_view, phase_of
+from rematerialize.capture.aliasing import Aliases, find_aliases, input_nodes, is_random, is_view, phase_of
+from rematerialize.capture.scatter import write_through_scatters
 
 aten = torch.ops.aten
 
@@ -42,6 +43,8 @@ def normalize(joint: private.JointTrace) -> NormalGraph:
     graph = joint.graph
     written: dict[fx.Node, tuple[fx.Node, ...]] = {}
     _factories_without_templates(graph)
+    _rnn_layers_with_workspace(graph)
+    write_through_scatters(graph)
     pending = _statistics_in_place(joint, written)
     _keep_old_values(joint, [joint.primals[index] for index, _ in pending])
     _write_mutations(joint, pending, written)
@@ -84,6 +87,12 @@ def _factories_without_templates(graph: fx.Graph) -> None:
         else:
             continue
         node.kwargs = options
+
+
+def _rnn_layers_with_workspace(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.target is aten.mkldnn_rnn_layer.default:
+            node.target = private.training_rnn_layer
 
 
 def _statistics_in_place(

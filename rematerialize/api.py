@@ -1,0 +1,252 @@
+"""The public interface: ``wrap`` does, ``plan`` explains, ``frontier`` shows the choice.
+
+Every schedule is replayed by the simulator before it is emitted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rematerialize.budget import BudgetRequest, read_budget
+from rematerialize.capture import FlatInputs
+from rematerialize.errors import BudgetError, RematerializeError
+from rematerialize.plan import Plan, below_minimum
+from rematerialize.prepare import (
+    PreparedStep,
+    bind_inputs,
+    check_fingerprint,
+    check_model,
+    prepare,
+    signature,
+)
+from rematerialize.runtime import TrainingStep
+from rematerialize.wrapper import RematerializedForward
+
+__all__ = ["Plan", "frontier", "plan", "unwrap", "wrap"]
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | dict[str, Any],
+    *,
+    budget: int | str | None = None,
+    activation_budget: int | str | None = None,
+    reserve: int | str = 0,
+    optimizer: torch.optim.Optimizer | str | None = None,
+    device: str | None = None,
+    solver: str = "auto",
+    time_limit_s: float | None = None,
+) -> Plan:
+    """Plan one training step under a memory budget, without running or changing anything.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In training mode.
+    example_inputs : tuple or dict
+        Positional arguments, or keyword arguments, of one forward call.
+    budget : int or str, optional
+        Peak of everything that a step holds on the device: parameters, buffers, gradients, inputs, activations,
+        workspace, plus ``reserve`` and the optimizer's state. Bytes, "8GiB" (2**30), "8GB" (10**9), "80%" of the
+        device's memory, or "auto" (what is free).
+    activation_budget : int or str, optional
+        Peak of what the step allocates above what was resident when it began, gradients included. Bytes, a size,
+        or "30%" of store-all's. Give one of the two budgets.
+    reserve : int or str
+        Bytes, under ``budget``, for what the pass can't see.
+    optimizer : torch.optim.Optimizer or str, optional
+        Count its state under ``budget``; a name such as "adamw" means its default options.
+    device : str, optional
+        Where the model is expected to be.
+    solver : str
+        A name from ``rematerialize.solve.solvers()``, or "auto" for all of them.
+    time_limit_s : float, optional
+        Safety limit on the search.
+
+    Returns
+    -------
+    Plan
+        ``print(plan)`` is an aligned table.
+
+    Raises
+    ------
+    BudgetError
+        If nothing fits; its ``minimum_bytes``, in the scope of the budget given, works.
+    CaptureError
+        If the step can't be captured.
+    UnitError, RematerializeError
+        For arguments that can't be read or used.
+    """
+    checked = check_model(model, device)
+    request = read_budget(budget, activation_budget, reserve, optimizer, checked)
+    inputs = bind_inputs(checked.forward, example_inputs)
+    prepared = prepare(checked, checked.forward, inputs, solver=solver, time_limit_s=time_limit_s)
+    return choose(checked, prepared, request)
+
+
+def choose(model: nn.Module, prepared: PreparedStep, request: BudgetRequest) -> Plan:
+    """The plan for a prepared step under a requested budget; raises BudgetError in the request's scope."""
+    start = time.perf_counter()
+    planner = prepared.planner
+    store_all = planner.store_all()
+    minimum = planner.minimum()
+    device = _device(model)
+    asked = request.activation_bytes(store_all.peak_bytes, prepared.resident_bytes, device)
+    try:
+        schedule = planner.solve(asked)
+    except BudgetError as error:
+        if request.activation_budget is not None:
+            raise below_minimum(error, asked, minimum, "an activation budget") from None
+        besides = prepared.resident_bytes + request.reserve_bytes
+        raise below_minimum(error, asked + besides, minimum + besides, "a budget") from None
+    return Plan(
+        graph=prepared.graph,
+        schedule=schedule,
+        budget_bytes=asked,
+        store_all_peak_bytes=store_all.peak_bytes,
+        store_all_time_s=store_all.time_s,
+        minimum_bytes=minimum,
+        resident_bytes=prepared.resident_bytes,
+        plan_s=time.perf_counter() - start,
+        prepared=prepared,
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def frontier(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | dict[str, Any],
+    *,
+    points: int = 12,
+    solver: str = "auto",
+    time_limit_s: float | None = None,
+) -> tuple[Plan, ...]:
+    """Plans from store-all's peak down to the smallest budget: the budget / overhead curve.
+
+    Parameters
+    ----------
+    points : int
+        At most so many plans; budgets fall, overheads rise.
+
+    The other parameters and errors are those of `plan`.
+    """
+    if not isinstance(points, int) or isinstance(points, bool) or points < 2:
+        raise RematerializeError(f"points must be an int of at least 2, got {points!r}")
+    checked = check_model(model)
+    inputs = bind_inputs(checked.forward, example_inputs)
+    prepared = prepare(checked, checked.forward, inputs, solver=solver, time_limit_s=time_limit_s)
+    schedules = prepared.planner.frontier(points)
+    return tuple(
+        choose(checked, prepared, read_budget(None, schedule.budget_bytes)) for schedule in schedules
+    )
+
+
+def wrap(
+    model: nn.Module,
+    budget: int | str | None = None,
+    *,
+    activation_budget: int | str | None = None,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    plan: Plan | None = None,
+    reserve: int | str = 0,
+    optimizer: torch.optim.Optimizer | str | None = None,
+    device: str | None = None,
+    solver: str = "auto",
+    time_limit_s: float | None = None,
+    max_plans: int = 8,
+) -> nn.Module:
+    """Make a model train within a memory budget, with the same gradients.
+
+    The model itself is returned: same class, parameters, ``state_dict`` and modules; only its ``forward`` is
+    replaced, until `unwrap`. In training mode with gradients enabled a call runs the planned step; in eval mode
+    or under ``no_grad`` it runs the original forward. A new input signature is planned at its first call.
+
+    Parameters
+    ----------
+    example_inputs : tuple or dict, optional
+        Plan now for these inputs, rather than at the first training call.
+    plan : Plan, optional
+        Use this plan (for the signature that it fits) instead of a budget.
+    max_plans : int
+        How many input signatures to keep plans for; the least recently used goes first.
+
+    The other parameters are those of `plan`.
+
+    Raises
+    ------
+    BudgetError, CaptureError
+        As `plan`, at the call that plans.
+    PlanMismatchError
+        If ``plan`` belongs to another model.
+    UnitError, RematerializeError
+        For arguments that can't be read or used, a model already wrapped among them.
+    """
+    if plan is not None and (budget is not None or activation_budget is not None):
+        raise RematerializeError("got both a plan and a budget: the plan has its own")
+    checked = check_model(model, device)
+    if plan is None:
+        request = read_budget(budget, activation_budget, reserve, optimizer, checked)
+    else:
+        request = read_budget(None, plan.budget_bytes)
+    rematerialized = RematerializedForward(
+        checked, _planned(request, plan, solver, time_limit_s), max_plans=max_plans
+    )
+    if example_inputs is not None:
+        rematerialized.plan_for(bind_inputs(checked.forward, example_inputs))
+    checked.forward = rematerialized  # type: ignore[method-assign]
+    return checked
+
+
+class _planned:
+    """How a wrapped model plans a signature: by budget, or by a given plan when its step is the same."""
+
+    def __init__(
+        self, request: BudgetRequest, given: Plan | None, solver: str, time_limit_s: float | None
+    ) -> None:
+        self.request = request
+        self.given = given
+        self.solver = solver
+        self.time_limit_s = time_limit_s
+
+    def __call__(
+        self, model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs
+    ) -> tuple[Plan, TrainingStep]:
+        prepared = self.given.prepared if self.given is not None else None
+        if prepared is None or prepared.model is not model or prepared.key != signature(model, inputs):
+            prepared = prepare(model, forward, inputs, solver=self.solver, time_limit_s=self.time_limit_s)
+        if self.given is None:
+            made = choose(model, prepared, self.request)
+        else:
+            made = self.given
+            check_fingerprint(prepared.graph, made.graph)
+        return made, prepared.build(made.schedule)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A prepared step holds code for this process: a copy captures again."""
+        given = None if self.given is None else replace(self.given, prepared=None)
+        return {**vars(self), "given": given}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Give a wrapped model its own forward back; the model is returned.
+
+    Raises
+    ------
+    RematerializeError
+        If it isn't wrapped.
+    """
+    forward = vars(model).get("forward") if isinstance(model, nn.Module) else None
+    if not isinstance(forward, RematerializedForward):
+        raise RematerializeError("this model is not wrapped, so there is nothing to unwrap")
+    forward.restore()
+    return model

@@ -1,0 +1,169 @@
+"""A plan: the schedule chosen for a step under a budget, what it costs, and its file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rematerialize.errors import BudgetError, GraphError, ScheduleError
+from rematerialize.ir import TrainingGraph
+from rematerialize.prepare import PreparedStep
+from rematerialize.report.table import plan_table
+from rematerialize.schedule import Schedule
+from rematerialize.simulate import simulate
+from rematerialize.units import format_bytes, format_percent, format_seconds
+
+_FORMAT = "rematerialize.plan/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to store and what to recompute, and what that costs.
+
+    All bytes are in the activation scope: what a step allocates above what was resident when it began,
+    gradients included.
+
+    Attributes
+    ----------
+    graph : TrainingGraph
+        The step that was planned.
+    schedule : Schedule
+        What to run.
+    budget_bytes : int
+        The budget, exact.
+    store_all_peak_bytes : int
+        Peak of the step when nothing is recomputed.
+    store_all_time_s : float
+        Predicted time of that step.
+    minimum_bytes : int
+        The smallest budget that works.
+    resident_bytes : int
+        What the step finds in memory: parameters, buffers, inputs, existing gradients.
+    plan_s : float
+        Seconds that the search took, capture and cost measurement excluded.
+    """
+
+    graph: TrainingGraph
+    schedule: Schedule
+    budget_bytes: int
+    store_all_peak_bytes: int
+    store_all_time_s: float
+    minimum_bytes: int
+    resident_bytes: int
+    plan_s: float = 0.0
+    prepared: PreparedStep | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of the planned step."""
+        return self.schedule.peak_bytes
+
+    @property
+    def overhead(self) -> float:
+        """Predicted makespan / store-all makespan - 1."""
+        return self.schedule.time_s / self.store_all_time_s - 1 if self.store_all_time_s else 0.0
+
+    @property
+    def recomputed(self) -> int:
+        """Executions beyond the first of each op."""
+        runs = Counter((*self.schedule.forward, *self.schedule.backward))
+        return sum(count - 1 for count in runs.values())
+
+    def __str__(self) -> str:
+        stored = self.store_all_peak_bytes
+        rows = [
+            ("budget", format_bytes(self.budget_bytes)),
+            ("peak", f"{format_bytes(self.peak_bytes)} ({format_percent(self.peak_bytes / max(stored, 1))})"),
+            ("store-all peak", format_bytes(stored)),
+            ("smallest budget", format_bytes(self.minimum_bytes)),
+            ("resident besides", format_bytes(self.resident_bytes)),
+            ("overhead", format_percent(self.overhead)),
+            ("recomputed ops", f"{self.recomputed} of {len(self.graph.ops)}"),
+            ("solver", self.schedule.solver),
+            ("planned in", format_seconds(self.plan_s)),
+        ]
+        return plan_table("Training step under an activation budget", rows)
+
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data, graph and schedule included."""
+        return {
+            "format": _FORMAT,
+            "budget_bytes": self.budget_bytes,
+            "peak_bytes": self.peak_bytes,
+            "store_all_peak_bytes": self.store_all_peak_bytes,
+            "store_all_time_s": self.store_all_time_s,
+            "minimum_bytes": self.minimum_bytes,
+            "resident_bytes": self.resident_bytes,
+            "overhead": self.overhead,
+            "plan_s": self.plan_s,
+            "graph": json.loads(self.graph.to_json()),
+            "schedule": json.loads(self.schedule.to_json()),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan and check it: its graph is verified, its schedule replayed by the simulator.
+
+        Raises
+        ------
+        ScheduleError, GraphError
+            If the file isn't a plan, or holds a schedule that its graph doesn't allow. One line each.
+        """
+        data = _read(path)
+        graph = TrainingGraph.from_json(data["graph"])
+        schedule = Schedule.from_json(data["schedule"])
+        result = simulate(graph, schedule.forward, schedule.backward)
+        numbers = {}
+        for key, kind in _NUMBERS.items():
+            value = data.get(key)
+            if not isinstance(value, kind) or isinstance(value, bool) or value < 0:
+                raise ScheduleError(f"{path}: {key} must be a number that is not negative, got {value!r}")
+            numbers[key] = value
+        if result.peak_bytes != schedule.peak_bytes or result.peak_bytes > numbers["budget_bytes"]:
+            raise ScheduleError(
+                f"{path}: its schedule needs {result.peak_bytes} bytes by replay, the file says "
+                f"{schedule.peak_bytes} under a budget of {numbers['budget_bytes']}; make a new plan"
+            )
+        return cls(graph=graph, schedule=schedule, **numbers)
+
+
+_NUMBERS: dict[str, Any] = {
+    "budget_bytes": int,
+    "store_all_peak_bytes": int,
+    "store_all_time_s": (int, float),
+    "minimum_bytes": int,
+    "resident_bytes": int,
+    "plan_s": (int, float),
+}
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ScheduleError(f"{path} is not a plan: it isn't valid JSON ({error}); save the plan again") from None
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise ScheduleError(f"{path} is not a plan: expected format {_FORMAT!r}, got {found!r}")
+    for key in ("graph", "schedule"):
+        if not isinstance(data.get(key), dict):
+            raise GraphError(f"{path} is not a complete plan: {key!r} is missing; save the plan again")
+    return data
+
+
+def below_minimum(error: BudgetError, asked: int, minimum: int, scope: str) -> BudgetError:
+    """The planner's refusal, in the scope in which the user gave the budget."""
+    return BudgetError(
+        f"no plan fits {scope} of {asked} bytes: the smallest that works is {minimum} bytes "
+        f"({format_bytes(minimum)}); raise the budget or make the batch smaller",
+        minimum_bytes=minimum,
+    )

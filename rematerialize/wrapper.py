@@ -1,0 +1,110 @@
+"""The forward of a wrapped model: plans per input signature, runs the planned step or the original forward."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import nn
+
+from rematerialize.capture import FlatInputs, flatten_inputs
+from rematerialize.plan import Plan
+from rematerialize.prepare import signature
+from rematerialize.runtime import TrainingStep
+from rematerialize.units import format_bytes, format_percent
+
+_log = logging.getLogger("rematerialize")
+
+PlanSignature = Callable[[nn.Module, Callable[..., Any], FlatInputs], tuple[Plan, TrainingStep]]
+
+
+class RematerializedForward:
+    """Stands in a model's ``__dict__`` under "forward", before the class's own.
+
+    Parameters
+    ----------
+    model : nn.Module
+    plan_signature : callable
+        Makes the plan and the step for one input signature.
+    max_plans : int
+        How many signatures to keep.
+    """
+
+    is_rematerialized = True
+
+    def __init__(self, model: nn.Module, plan_signature: PlanSignature, *, max_plans: int) -> None:
+        self.model = model
+        self.had_own = "forward" in vars(model)
+        self.own_forward = vars(model).get("forward")
+        self.plan_signature = plan_signature
+        self.max_plans = max_plans
+        self._steps: OrderedDict[Hashable, tuple[Plan, TrainingStep]] = OrderedDict()
+        self._lock = threading.RLock()
+        functools.update_wrapper(self, type(model).forward, updated=())
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The forward that this one stands for."""
+        if self.had_own:
+            assert self.own_forward is not None
+            return self.own_forward  # type: ignore[no-any-return]
+        bound: Callable[..., Any] = type(self.model).forward.__get__(self.model)
+        return bound
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self.model.training and torch.is_grad_enabled()):
+            return self.original(*args, **kwargs)
+        inputs = flatten_inputs(args, kwargs)
+        step = self.step_for(inputs)
+        return step([*(slot.read() for slot in step.captured.slots), *inputs.tensors])
+
+    def plan_for(self, inputs: FlatInputs) -> Plan:
+        """The plan for an input signature; makes it if it isn't there."""
+        return self._entry(inputs)[0]
+
+    def step_for(self, inputs: FlatInputs) -> TrainingStep:
+        """The emitted step for an input signature; plans it if it isn't there."""
+        return self._entry(inputs)[1]
+
+    def _entry(self, inputs: FlatInputs) -> tuple[Plan, TrainingStep]:
+        key = signature(self.model, inputs)
+        with self._lock:
+            if key in self._steps:
+                self._steps.move_to_end(key)
+                return self._steps[key]
+            entry = self.plan_signature(self.model, self.original, inputs)
+            self._steps[key] = entry
+            while len(self._steps) > self.max_plans:
+                self._steps.popitem(last=False)
+        made = entry[0]
+        _log.info(
+            "planned a training step: peak %s of %s (store-all %s), overhead %s; %d plans kept",
+            format_bytes(made.peak_bytes),
+            format_bytes(made.budget_bytes),
+            format_bytes(made.store_all_peak_bytes),
+            format_percent(made.overhead),
+            len(self._steps),
+        )
+        return entry
+
+    def restore(self) -> None:
+        """Give the model its own forward back."""
+        del vars(self.model)["forward"]
+        if self.had_own:
+            vars(self.model)["forward"] = self.own_forward
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plans hold code for this process: a copy plans again."""
+        keep = ("model", "had_own", "own_forward", "plan_signature", "max_plans")
+        return {name: getattr(self, name) for name in keep}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._steps = OrderedDict()
+        self._lock = threading.RLock()
+        functools.update_wrapper(self, type(self.model).forward, updated=())
