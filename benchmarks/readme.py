@@ -1,16 +1,20 @@
-"""Write the README's figures from the results, so that none of them is ever typed.
+"""Write the README's figures from the results and its outputs from runs, so that none is ever typed.
 
-    python -m benchmarks.readme [--check]
+    python -m benchmarks.readme [--check] [--run]
 
-A part stands between ``<!-- BEGIN generated: NAME -->`` and ``<!-- END generated -->``.
+A part stands between ``<!-- BEGIN generated: NAME -->`` and ``<!-- END generated -->``. With ``--run`` the
+python and console blocks are run, and what they print replaces what was shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,13 +74,54 @@ def rewritten(text: str) -> str:
     return PART.sub(lambda match: match["begin"] + PARTS[match["name"]]() + match["end"], text)
 
 
+FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+def run(command: list[str], cwd: Path, stdin: str = "") -> str:
+    """Return what a command prints on stdout; raise RuntimeError with its stderr when it fails."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=cwd, env=env, input=stdin, capture_output=True, text=True, timeout=300, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{command} exits with {done.returncode}: {done.stderr}")
+    return done.stdout
+
+
+def with_outputs(text: str, cwd: Path) -> str:
+    """Return the page as its own blocks would have it: all python blocks, then the console blocks, run."""
+    blocks = [(match["language"], match["text"]) for match in FENCE.finditer(text)]
+    code = "\n".join(block for language, block in blocks if language == "python")
+    printed = run([sys.executable, "-"], cwd, code)
+
+    def fill(match: re.Match[str]) -> str:
+        if match["language"] == "text":
+            return f"```text\n{printed}```"
+        if match["language"] == "console":
+            commands = re.findall(r"^\$ (.*)$", match["text"], flags=re.MULTILINE)
+            return "```console\n" + "".join(f"$ {line}\n{_typed(line, cwd)}" for line in commands) + "```"
+        return match[0]
+
+    return FENCE.sub(fill, text)
+
+
+def _typed(line: str, cwd: Path) -> str:
+    ours = re.sub(r"^rematerialize ", f"{sys.executable} -m rematerialize ", line)
+    return run(["bash", "-c", ours], cwd)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 when stale")
-    check = parser.parse_args().check
+    parser.add_argument("--run", action="store_true", help="run the code blocks, too, and show their output")
+    args = parser.parse_args()
+    check = args.check
     page = ROOT / "README.md"
     old = page.read_text(encoding="utf-8")
     new = rewritten(old)
+    if args.run:
+        with tempfile.TemporaryDirectory() as folder:
+            new = with_outputs(new, Path(folder))
     if check and new != old:
         print("README.md is stale: run `make readme`", file=sys.stderr)
         return 1

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.readme import FENCE, rewritten, with_outputs
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-BLOCKS = [(match[1], match[2]) for match in FENCE.finditer(README)]
 
 
 def shape(output: str) -> list[str]:
@@ -22,32 +19,9 @@ def shape(output: str) -> list[str]:
     return [re.sub(r"[ -]{2,}", " ", line).strip() for line in masked.strip().splitlines()]
 
 
-def run(command: list[str], cwd: Path, stdin: str = "") -> str:
-    """Return what the command prints on stdout."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=cwd, env=env, input=stdin, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_python_blocks_run_in_order_and_print_what_is_shown(tmp_path: Path) -> None:
-    code = "\n".join(text for language, text in BLOCKS if language == "python")
-    shown = "\n".join(text for language, text in BLOCKS if language == "text")
-    assert code
-    assert shown
-    assert shape(run([sys.executable, "-"], tmp_path, code)) == shape(shown)
-
-
-def test_the_console_blocks_run_in_order_and_print_what_is_shown(tmp_path: Path) -> None:
-    console = [text for language, text in BLOCKS if language == "console"]
-    assert console
-    for text in console:
-        commands = [part.partition("\n") for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]]
-        for command, _, shown in commands:
-            runnable = re.sub(r"^rematerialize ", f"{sys.executable} -m rematerialize ", command)
-            assert shape(run(["bash", "-c", runnable], tmp_path)) == shape(shown), command
+def test_the_blocks_run_in_order_and_print_what_is_shown(tmp_path: Path) -> None:
+    assert re.search(r"^```text\n.+", README, flags=re.MULTILINE), "make the output: benchmarks.readme --run"
+    assert shape(with_outputs(README, tmp_path)) == shape(README)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
@@ -70,4 +44,4 @@ def test_every_make_target_that_a_page_names_exists(page: str) -> None:
 
 
 def test_the_generated_parts_are_fresh() -> None:
-    run([sys.executable, "-m", "benchmarks.readme", "--check"], ROOT)
+    assert rewritten(README) == README, "run `make readme`"
