@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rematerialize.budget import BudgetRequest, read_budget
 from rematerialize.capture import FlatInputs
 from rematerialize.errors import BudgetError, RematerializeError
-from rematerialize.plan import Plan, below_minimum
+from rematerialize.plans import Plan, below_minimum
 from rematerialize.prepare import (
     PreparedStep,
     bind_inputs,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rematerialize.capture import FlatInputs, flatten_inputs
-from rematerialize.plan import Plan
+from rematerialize.plans import Plan
 from rematerialize.prepare import signature
 from rematerialize.runtime import TrainingStep
 from rematerialize.units import format_bytes, format_percent

@@ -94,7 +94,8 @@ def is_random(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     if torch.Tag.nondeterministic_seeded not in tags:
         return False
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
     if "dropout_p" in names:
         position = names.index("dropout_p")
         given = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)

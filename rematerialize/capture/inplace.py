@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rematerialize.capture.random import bernoulli_as
 from rematerialize.capture.scatter import write_through, write_through_
 
 aten = torch.ops.aten
@@ -22,7 +23,7 @@ _ACCUMULATING = {
     aten.scatter.value: aten.scatter_.value,
     aten.index_copy.default: aten.index_copy_.default,
     write_through: write_through_,
-    aten.bernoulli.p: aten.bernoulli_.float,
+    bernoulli_as: aten.bernoulli_.float,
     aten.uniform.default: aten.uniform_.default,
     aten.normal_functional.default: aten.normal_.default,
     aten.masked_fill.Scalar: aten.masked_fill_.Scalar,

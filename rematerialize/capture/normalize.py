@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import Aliases, find_aliases, input_nodes, is_random, is_view, phase_of
+from rematerialize.capture.random import fill_in_eager_layout
 from rematerialize.capture.scatter import write_through_scatters
 
 aten = torch.ops.aten
@@ -42,6 +43,7 @@ def normalize(joint: private.JointTrace) -> NormalGraph:
     """Apply every rewrite, drop dead nodes. The graph is changed in place and belongs to the result."""
     graph = joint.graph
     written: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    fill_in_eager_layout(graph)
     _factories_without_templates(graph)
     _rnn_layers_with_workspace(graph)
     write_through_scatters(graph)

@@ -20,6 +20,7 @@ from rematerialize.solve.workbench import Move, Workbench
 PRICE_POWER = 16.0  # how much more a nearly full slot costs than an empty one
 STRETCH = 0.25  # inputs smaller than this times the value are kept rather than recomputed
 LARGE = 2500  # ops beyond which squeezing stops early
+MAX_ROUNDS = 40  # of drops in one descent
 MAX_STRETCH = 25  # give up beyond this many times the step's ops
 
 
@@ -51,13 +52,12 @@ def oscillate(step: Step, plan: Plan, level: int, depths: Sequence[float]) -> Pl
 
 def squeeze(step: Step, plan: Plan) -> Iterator[Plan]:
     """Yield plans of ever lower peak, by descents of a shrinking stride, until stuck."""
-    longest = MAX_STRETCH * len(step.names)
     stride, least = 0.08, 0.002 if len(step.names) < LARGE else 0.02
     peak = step.peak_bytes(plan)
     while stride > least and peak > 0:
         bench = Workbench(step, plan)
         target = int(peak * (1 - stride))
-        if descend(bench, target, max_length=longest):
+        if descend(bench, target, max_length=len(plan.order) + 2 * len(step.names)):
             spend(bench, target)
             plan = bench.plan()
             peak = bench.peak_bytes()
@@ -107,13 +107,15 @@ def _ratio(move: Move, prices: np.ndarray) -> float:
 def descend(bench: Workbench, target: int, *, max_length: int) -> bool:
     """Drop until the peak is at most the target. False when stuck."""
     stalled, left = 0, float("inf")
-    while bench.peak_bytes() > target:
+    for _ in range(MAX_ROUNDS):
+        if bench.peak_bytes() <= target:
+            return True
         if bench.length > max_length or stalled > 2 or not _descend_once(bench, target):
             return False
         excess = float(np.maximum(bench.memory - target, 0).sum())
         stalled = stalled + 1 if excess > 0.98 * left else 0
         left = excess
-    return True
+    return bench.peak_bytes() <= target
 
 
 def _descend_once(bench: Workbench, target: int) -> bool:

@@ -10,12 +10,14 @@ skip is paid for once.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rematerialize.solve.step import Step
 
 MAX_OPTIONS = 8
+BATCHES = 12  # steps from saving all of a large segment's values down to none
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class Segmentation:
                 if not self._permanent(value):
                     continue
                 birth = 0
-                death = max((at for at, level in enumerate(self.level) if level >= producer), default=-1)
+                death = bisect_right(self.level, -producer, key=lambda level: -level) - 1
             elif producer < 0:
                 birth = 0
             if value in step.held_gradients or value in step.held_outputs:
@@ -190,13 +192,21 @@ class Segmentation:
             covered = {v for v in segment.above if self.reach[v] >= following.stop}
             for op in following.backward:
                 covered.update(v for v in step.inputs[op] if v in segment.above)
-        saved = list(wanted)
-        while True:
-            segment.options.append(self._option(segment, frozenset(saved), covered))
-            if not saved:
-                break
-            saved.remove(min(saved, key=lambda v: self._worth(segment, v, saved)))
-        segment.options = _pareto(segment.options)[:MAX_OPTIONS]
+        segment.options = self._thin(segment, list(wanted), covered)
+
+    def _thin(self, segment: Segment, saved: list[int], covered: set[int]) -> list[Option]:
+        """Return options from saving all down to nothing, the cheapest to recompute given up first."""
+        options = [self._option(segment, frozenset(saved), covered)]
+        batch = max(len(saved) // BATCHES, 1)
+        while saved:
+            ranked = sorted(saved, key=lambda v: self._worth(segment, v, saved))
+            saved = [v for v in saved if v not in ranked[:batch]]
+            options.append(self._option(segment, frozenset(saved), covered))
+        options = _pareto(options)
+        if len(options) <= MAX_OPTIONS:
+            return options
+        spread = [options[k * (len(options) - 1) // (MAX_OPTIONS - 1)] for k in range(MAX_OPTIONS)]
+        return list(dict.fromkeys(spread))
 
     def _lasting(self, segment: Segment) -> frozenset[int]:
         step, found = self.step, []

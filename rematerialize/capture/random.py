@@ -1,0 +1,85 @@
+"""In-place random fills, as eager does them.
+
+Functionalization turns ``noise.bernoulli_(p)`` into ``bernoulli(noise, p)``, whose result is contiguous whatever
+the layout of ``noise``: the same draws would land on other elements. The fill below keeps the layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rematerialize.capture.aliasing import tensors_of
+
+aten = torch.ops.aten
+
+_FACTORIES = frozenset(
+    {
+        aten.empty_like.default,
+        aten.empty.memory_format,
+        aten.empty_strided.default,
+        aten.new_empty.default,
+        aten.full.default,
+        aten.full_like.default,
+        aten.zeros.default,
+        aten.zeros_like.default,
+        aten.ones.default,
+        aten.ones_like.default,
+    }
+)
+
+
+def bernoulli_as(like: Tensor, p: float) -> Tensor:
+    """Bernoulli draws in the layout of ``like``, consumed in the order in which ``bernoulli_`` consumes them."""
+    fresh = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    return fresh.bernoulli_(p)
+
+
+bernoulli_as.tags = (torch.Tag.nondeterministic_seeded,)  # type: ignore[attr-defined]
+
+
+def fill_in_eager_layout(graph: fx.Graph) -> None:
+    """Rewrite fills of fresh tensors, and correct the layouts of what is computed from them."""
+    changed: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is aten.bernoulli.p and not node.kwargs and _is_fresh(node.args[0]):
+            source = node.args[0].meta["val"]  # type: ignore[union-attr]
+            node.target = bernoulli_as
+            if source.stride() != node.meta["val"].stride():
+                node.meta["val"] = _computed(node)
+                changed.add(node)
+        elif any(source in changed for source in node.all_input_nodes):
+            value = _computed(node)
+            if _layouts(value) != _layouts(node.meta["val"]) or _shares(value, node):
+                node.meta["val"] = value
+                changed.add(node)
+
+
+def _is_fresh(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in _FACTORIES
+
+
+def _computed(node: fx.Node) -> Any:
+    args = fx.node.map_arg(node.args, lambda source: source.meta["val"])
+    kwargs = fx.node.map_arg(node.kwargs, lambda source: source.meta["val"])
+    mode = next(source.meta["val"] for source in node.all_input_nodes if hasattr(source.meta["val"], "fake_mode"))
+    with mode.fake_mode:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _layouts(value: Any) -> list[tuple[Any, ...]]:
+    return [(tensor.shape, tensor.stride()) for _, tensor in tensors_of(value)]
+
+
+def _shares(value: Any, node: fx.Node) -> bool:
+    """A view must follow its base to the base's new storage."""
+    owners = {
+        tensor.untyped_storage()._cdata
+        for source in node.all_input_nodes
+        for _, tensor in tensors_of(source.meta["val"])
+    }
+    return any(tensor.untyped_storage()._cdata in owners for _, tensor in tensors_of(value))
