@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -157,7 +157,8 @@ def compare_model(spec: ModelSpec, options: Options) -> ModelResult:
     """Run every contestant on one model."""
     torch._dynamo.reset()
     contest = Contest.begin(spec, options)
-    _enter_ours(contest)
+    captured: list[peers.Ours] = []
+    _enter_ours(contest, captured, [(budget, budget) for budget in OUR_BUDGETS])
     rivals = [contest.enter("per block", partial(peers.per_block, spec, options.scale))]
     for budget in peers.TORCH_BUDGETS:
         name = f"torch {budget:g}"
@@ -165,10 +166,8 @@ def compare_model(spec: ModelSpec, options: Options) -> ModelResult:
             contest.cells[name] = Cell(name, "timeout", "not tried: the budget before took too long")
             continue
         rivals.append(contest.enter(name, partial(peers.torch_budget, spec, options.scale, budget)))
-    for rival in rivals:
-        if (peak := rival.peak_bytes) is not None:
-            name = f"{OURS}@ {rival.contestant}"
-            contest.enter(name, partial(peers.ours, spec, options.scale, peak))
+    answers = [(f"@ {rival.contestant}", rival.peak_bytes) for rival in rivals if rival.peak_bytes]
+    _enter_ours(contest, captured, answers)
     rounds = contest.time()
     return ModelResult(
         model=spec.name,
@@ -180,18 +179,18 @@ def compare_model(spec: ModelSpec, options: Options) -> ModelResult:
     )
 
 
-def _enter_ours(contest: Contest) -> None:
-    spec, scale = contest.spec, contest.options.scale
-    for budget in OUR_BUDGETS:
+def _enter_ours(
+    contest: Contest, captured: list[peers.Ours], budgets: Iterable[tuple[str, int | str]]
+) -> None:
+    """Enter our plans; the model is captured once, by the first of them."""
 
-        def prepare(budget: str = budget) -> Stepper:
-            if budget != "minimum":
-                return peers.ours(spec, scale, budget)
-            model, inputs = spec.build(scale)
-            least = rematerialize.plan(model, inputs, activation_budget="100%").minimum_bytes
-            return peers.ours(spec, scale, least)
+    def prepare(budget: int | str) -> Stepper:
+        if not captured:
+            captured.append(peers.Ours(contest.spec, contest.options.scale))
+        return captured[0].stepper(budget)
 
-        contest.enter(OURS + budget, prepare)
+    for name, budget in budgets:
+        contest.enter(OURS + name, partial(prepare, budget))
 
 
 def without_paths(text: str) -> str:

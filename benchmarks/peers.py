@@ -19,8 +19,11 @@ from typing import Any
 import torch
 from torch import fx
 
+import rematerialize as remat
 from benchmarks.harness import Stepper
 from benchmarks.models.spec import ModelSpec, Scale
+from rematerialize.api import choose
+from rematerialize.budget import read_budget
 
 TORCH_BUDGETS = (0.5, 0.2, 0.1, 0.0)
 _MANY_VARIANTS = 64  # every budget compiles the same code again; Dynamo's default limit is 8
@@ -173,10 +176,30 @@ def torch_budget(spec: ModelSpec, scale: Scale, budget: float, *, seed: int = 0)
     raise PeerError(reasons[0])
 
 
-def ours(spec: ModelSpec, scale: Scale, activation_budget: int | str, *, seed: int = 0) -> Stepper:
-    """Return the model wrapped by this package under an activation budget."""
-    import rematerialize
+class Ours:
+    """One model captured once, stepping under any number of plans of this package.
 
-    model, inputs = spec.build(scale, seed=seed)
-    wrapped = rematerialize.wrap(model, activation_budget=activation_budget, example_inputs=inputs)
-    return Stepper(wrapped, inputs, spec.loss_of)
+    All its steppers share the module: what one step does to its buffers, the next one finds.
+    """
+
+    def __init__(self, spec: ModelSpec, scale: Scale, *, seed: int = 0) -> None:
+        self.loss_of = spec.loss_of
+        self.module, self.inputs = spec.build(scale, seed=seed)
+        self.store_all = remat.plan(self.module, self.inputs, activation_budget="100%")
+
+    def plan(self, activation_budget: int | str) -> remat.Plan:
+        """Return the plan for a budget; "minimum" is the smallest that works."""
+        prepared = self.store_all.prepared
+        assert prepared is not None
+        minimum = activation_budget == "minimum"
+        asked = self.store_all.minimum_bytes if minimum else activation_budget
+        return choose(self.module, prepared, read_budget(None, asked))
+
+    def stepper(self, activation_budget: int | str | remat.Plan) -> Stepper:
+        """Return the step under a budget or a plan."""
+        given = activation_budget
+        plan = given if isinstance(given, remat.Plan) else self.plan(given)
+        wrapped = remat.wrap(self.module, plan=plan, example_inputs=self.inputs)
+        planned_forward = wrapped.forward
+        remat.unwrap(self.module)
+        return Stepper(self.module, self.inputs, self.loss_of, planned_forward)

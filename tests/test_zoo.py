@@ -28,6 +28,7 @@ from benchmarks.harness import (
 )
 from benchmarks.models import MODELS
 from benchmarks.models.extra import missing
+from benchmarks.peers import Ours
 
 BUDGETS = ("70%", "50%", "30%", "minimum")
 SEED = 5
@@ -37,7 +38,12 @@ ROUNDING = 1e-6  # relative to the largest magnitude of eager's tensor
 AUTOCAST = ("gpt", "resnet50")
 
 # Models whose captured graph rounds otherwise than eager, and why.
-ROUNDS_OTHERWISE: dict[str, str] = {}
+ROUNDS_OTHERWISE: dict[str, str] = {
+    "lstm": "the recurrence is split into spans of time, whose weight gradients add up in another order",
+    "llama": "the captured attention with grouped keys and values rounds otherwise",
+    "mixtral": "the captured attention with grouped keys and values rounds otherwise",
+    "mamba": "the captured scan rounds otherwise",
+}
 # What can't pass yet, and why. None of the first group may stand here.
 EXPECTED_FAILURES: dict[str, str] = {}
 
@@ -55,78 +61,81 @@ class Case:
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.autocast else contextlib.nullcontext()
 
-    def stepper(self, activation_budget: int | str | None = None) -> Stepper:
-        """Return the step, as eager's when there is no budget."""
+    def eager(self) -> Stepper:
         spec = MODELS[self.name]
         module, inputs = spec.build("test")
-        with self.precision():
-            if activation_budget is not None:
-                module = remat.wrap(module, activation_budget=activation_budget, example_inputs=inputs)
+        return self.cast(Stepper(module, inputs, spec.loss_of))
+
+    def cast(self, stepper: Stepper) -> Stepper:
+        """Return the stepper with its whole forward in this precision."""
+        if not self.autocast:
+            return stepper
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with self.precision():
-                return module(*args, **kwargs)
+                return (stepper.call or stepper.module)(*args, **kwargs)
 
-        return Stepper(module, inputs, spec.loss_of, call if self.autocast else None)
-
-    def plan(self, activation_budget: int | str) -> remat.Plan:
-        module, inputs = MODELS[self.name].build("test")
-        with self.precision():
-            return remat.plan(module, inputs, activation_budget=activation_budget)
+        return replace(stepper, call=call)
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """Eager's step, and the step of our plan that stores everything."""
+class Subject:
+    """A model captured once for all budgets, with eager's step and that of its store-all plan."""
 
+    case: Case
+    start: dict[str, Tensor]
     eager: StepResult
     store_all: StepResult
-    plan: remat.Plan
+    planned: Ours
+
+    def stepper(self, plan: remat.Plan) -> Stepper:
+        with self.case.precision():
+            return self.case.cast(self.planned.stepper(plan))
 
 
-@functools.cache
-def reference_of(case: Case) -> Reference:
-    eager, store_all = case.stepper(), case.stepper("100%")
+@functools.lru_cache(maxsize=2)
+def subject_of(case: Case) -> Subject:
+    eager = case.eager()
     start = buffer_state(eager.module)
-    return Reference(
+    with case.precision():
+        planned = Ours(MODELS[case.name], "test")
+        store_all = case.cast(planned.stepper(planned.store_all))
+    untouched = [torch.equal(start[name], now) for name, now in planned.module.named_buffers()]
+    assert all(untouched), "planning changed a buffer"
+    return Subject(
+        case,
+        start,
         run_step(eager, seed=SEED, buffers=start),
         run_step(store_all, seed=SEED, buffers=start),
-        case.plan("100%"),
+        planned,
     )
 
 
 def broken_promises(case: Case, budget: str) -> Iterator[str]:
     """Yield what the plan for this budget does otherwise than promised."""
-    reference = reference_of(case)
-    plan = _plan_within(case, budget, reference.plan)
-    if plan.minimum_bytes > plan.budget_bytes:
-        yield f"a plan for {plan.budget_bytes:,} next to a minimum of {plan.minimum_bytes:,}"
-    stepper = case.stepper(plan.budget_bytes)
-    yield from _step_promises(case, reference, stepper)
+    subject = subject_of(case)
+    plan = _plan_within(subject.planned, budget)
+    stepper = subject.stepper(plan)
+    yield from _step_promises(subject, stepper)
     yield from _peak_promises(case, plan, stepper)
 
 
-def _plan_within(case: Case, budget: str, store_all: remat.Plan) -> remat.Plan:
+def _plan_within(planned: Ours, budget: str) -> remat.Plan:
     """Return the plan for the budget; where nothing fits, the error's minimum is the budget."""
-    if budget == "minimum":
-        return case.plan(store_all.minimum_bytes)
     try:
-        return case.plan(budget)
+        return planned.plan(budget)
     except remat.BudgetError as error:
-        return case.plan(error.minimum_bytes)
+        return planned.plan(error.minimum_bytes)
 
 
-def _step_promises(case: Case, reference: Reference, stepper: Stepper) -> Iterator[str]:
-    start = buffer_state(case.stepper().module)
-    if not all(torch.equal(start[name], now) for name, now in stepper.module.named_buffers()):
-        yield "planning changed a buffer"
-    step = run_step(stepper, seed=SEED, buffers=start)
-    against_eager = compare_steps(reference.eager, step)
-    if case.name not in ROUNDS_OTHERWISE:
+def _step_promises(subject: Subject, stepper: Stepper) -> Iterator[str]:
+    step = run_step(stepper, seed=SEED, buffers=subject.start)
+    against_eager = compare_steps(subject.eager, step)
+    if subject.case.name not in ROUNDS_OTHERWISE:
         if not against_eager.exact:
             yield f"against eager: {against_eager.describe()}"
         return
-    against_store_all = compare_steps(reference.store_all, step)
+    against_store_all = compare_steps(subject.store_all, step)
     if not against_store_all.exact:
         yield f"against our store-all: {against_store_all.describe()}"
     if not against_eager.within(ROUNDING):
