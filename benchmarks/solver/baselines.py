@@ -1,0 +1,53 @@
+"""Blocks checkpointed by hand, at every number of blocks, against `solve` at the same peak.
+
+The baseline keeps what crosses the cuts and runs each block once more before its backward, the last
+one excepted: torch.utils.checkpoint per block, and Chen et al. (2016) at sqrt(n) blocks.
+
+    python benchmarks/solver/baselines.py [graph.json | suite name ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from benchmarks.solver.graphs import SUITE
+from rematerialize.ir import TrainingGraph
+from rematerialize.solve import Planner
+from rematerialize.solve.segments import Segmentation
+from rematerialize.solve.step import Plan, Step, compile_step
+
+
+def per_block(step: Step, blocks: int) -> Plan:
+    """Return the plan that keeps block inputs and recomputes each block but the last once."""
+    parts = Segmentation(step, blocks).segments
+    order = list(range(step.forwards))
+    for at in range(len(parts) - 1, -1, -1):
+        part = parts[at]
+        if part.backward and at < len(parts) - 1:
+            order += [op for op in range(part.start, part.stop) if step.recomputable[op]]
+        order += part.backward
+    return step.prune(order, step.forwards)
+
+
+def compare(graph: TrainingGraph, counts: tuple[int, ...] = (2, 3, 4, 6, 8, 12, 16, 24)) -> list[str]:
+    """Return one line per baseline plan that recomputes something."""
+    step, planner, lines = compile_step(graph), Planner(graph), []
+    full = planner.store_all()
+    for blocks in counts:
+        plan = per_block(step, blocks)
+        peak, time_s = step.peak_bytes(plan), step.duration_s(plan.order)
+        if peak >= full.peak_bytes:
+            continue
+        ours = planner.solve(peak).time_s
+        over, mine = (100 * (t / full.time_s - 1) for t in (time_s, ours))
+        verdict = "" if ours <= time_s else "  WORSE"
+        share = 100 * peak / full.peak_bytes
+        lines.append(f"{blocks:4d} blocks  peak {share:5.1f}%  by hand {over:5.1f}%  ours {mine:5.1f}%{verdict}")
+    return lines
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or SUITE:
+        source = SUITE[name]() if name in SUITE else TrainingGraph.from_json(Path(name).read_text())
+        print(Path(name).stem, *compare(source), sep="\n")
