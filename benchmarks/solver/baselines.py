@@ -14,20 +14,8 @@ from pathlib import Path
 from benchmarks.solver.graphs import SUITE
 from rematerialize.ir import TrainingGraph
 from rematerialize.solve import Planner
-from rematerialize.solve.segments import Segmentation
-from rematerialize.solve.step import Plan, Step, compile_step
-
-
-def per_block(step: Step, blocks: int) -> Plan:
-    """Return the plan that keeps block inputs and recomputes each block but the last once."""
-    parts = Segmentation(step, blocks).segments
-    order = list(range(step.forwards))
-    for at in range(len(parts) - 1, -1, -1):
-        part = parts[at]
-        if part.backward and at < len(parts) - 1:
-            order += [op for op in range(part.start, part.stop) if step.recomputable[op]]
-        order += part.backward
-    return step.prune(order, step.forwards)
+from rematerialize.solve.blocks import per_block
+from rematerialize.solve.step import compile_step
 
 
 def compare(graph: TrainingGraph, counts: tuple[int, ...] = (2, 3, 4, 6, 8, 12, 16, 24)) -> list[str]:
@@ -43,7 +31,8 @@ def compare(graph: TrainingGraph, counts: tuple[int, ...] = (2, 3, 4, 6, 8, 12, 
         over, mine = (100 * (t / full.time_s - 1) for t in (time_s, ours))
         verdict = "" if ours <= time_s else "  WORSE"
         share = 100 * peak / full.peak_bytes
-        lines.append(f"{blocks:4d} blocks  peak {share:5.1f}%  by hand {over:5.1f}%  ours {mine:5.1f}%{verdict}")
+        figures = f"peak {share:5.1f}%  by hand {over:5.1f}%  ours {mine:5.1f}%"
+        lines.append(f"{blocks:4d} blocks  {figures}{verdict}")
     return lines
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from rematerialize.ir import TrainingGraph
 from rematerialize.schedule import Schedule
+from rematerialize.solve.blocks import blocks
 from rematerialize.solve.chain import chain
 from rematerialize.solve.descent import descent
 from rematerialize.solve.planner import Planner as _Planner
@@ -17,6 +18,7 @@ __all__ = ["Planner", "Solver", "frontier", "minimum", "solve", "solvers", "stor
 
 _REGISTRY: dict[str, Solver] = {
     "store_all": lambda step, levels: (),
+    "blocks": blocks,
     "descent": descent,
     "chain": chain,
     "sweep": sweep,

@@ -77,7 +77,7 @@ class Segmentation:
         Backward values and held outputs in memory just before segment t's backward begins.
     """
 
-    def __init__(self, step: Step, limit: int) -> None:
+    def __init__(self, step: Step, limit: int, *, options: bool = True) -> None:
         self.step = step
         self.level = backward_levels(step)
         self.reach = [self._reach(value) for value in range(len(step.size_bytes))]
@@ -96,6 +96,8 @@ class Segmentation:
             while position < len(self.level) and (at == 0 or self.level[position] >= segment.start):
                 segment.backward.append(step.forwards + position)
                 position += 1
+        if not options:
+            return
         for segment, following in zip(self.segments, [*self.segments[1:], None], strict=True):
             self._fill(segment, following)
 

@@ -24,20 +24,21 @@ class _Score:
     distance_power: float
 
 
+TINY = 300  # ops up to which every level is tried
 SMALL = 700  # ops up to which every score is tried
 LARGE = 3000  # ops beyond which the sweep is too slow for what it adds
 SCORES = (_Score(1.0, 1.0), _Score(0.7, 0.3))
 
 
 def sweep(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
-    """Yield plans at every second level, per score variant, until one doesn't fit.
+    """Yield plans at every level (or every second one), per score variant, until one doesn't fit.
 
     O(ops x live values) per plan.
     """
     if len(step.names) > LARGE:
         return
     for score in SCORES[: 1 if len(step.names) > SMALL else None]:
-        for budget in sorted(levels, reverse=True)[::2]:
+        for budget in sorted(levels, reverse=True)[:: 1 if len(step.names) <= TINY else 2]:
             plan = _Sweep(step, budget, score).run()
             if plan is None:
                 break
