@@ -93,8 +93,16 @@ def _memory_by_events(fresh: dict[str, Kernel]) -> tuple[dict[str, _Memory], dic
         for change in window:
             level += change
             peak = max(peak, level)
-        memory[signature] = _Memory(max(0, peak - max(level, 0)), sizes[signature])
+        # Not "less what is left at the end": outputs that the fake kernel believes to be one tensor may be two.
+        memory[signature] = _Memory(max(0, peak - _owned(fresh[signature], sizes[signature])), sizes[signature])
     return memory, first_s
+
+
+def _owned(kernel: Kernel, sizes: dict[int, int]) -> int:
+    """Bytes of the outputs that the training graph counts for this kernel."""
+    head = kernel.head.name
+    written = set(kernel.writes)
+    return sum(size for index, size in sizes.items() if written & {head, f"{head}.{index}"})
 
 
 def _windows(events: list[int]) -> list[list[int]]:
@@ -122,8 +130,8 @@ def _memory_by_statistics(kernel: Kernel) -> tuple[_Memory, float]:
     torch.cuda.synchronize()
     elapsed = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() - before
-    kept = torch.cuda.memory_allocated() - before
-    return _Memory(max(0, peak - max(kept, 0)), _sizes(result)), elapsed
+    sizes = _sizes(result)
+    return _Memory(max(0, peak - _owned(kernel, sizes)), sizes), elapsed
 
 
 def _sizes(result: Any) -> dict[int, int]:

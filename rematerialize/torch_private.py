@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -298,7 +299,9 @@ def _read_aliases(metadata: Any) -> tuple[OutputAlias, ...]:
 
 def view_again(base: Tensor, like: Tensor, alias: OutputAlias) -> Tensor:
     """Rebuild, differentiably, the view ``like`` of ``base`` that the traced function returned."""
-    result: Tensor = gen_alias_from_base(base, like, alias.requires_grad, alias.view_sequence)
+    # torch 2.12 moved the choice from a config into an argument.
+    replay = {"replay_views": True} if "replay_views" in signature(gen_alias_from_base).parameters else {}
+    result: Tensor = gen_alias_from_base(base, like, alias.requires_grad, alias.view_sequence, **replay)
     return result
 
 

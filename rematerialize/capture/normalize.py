@@ -46,6 +46,7 @@ def normalize(joint: private.JointTrace) -> NormalGraph:
     fill_in_eager_layout(graph)
     _factories_without_templates(graph)
     _rnn_layers_with_workspace(graph)
+    _mixed_precision_statistics(graph)
     write_through_scatters(graph)
     pending = _statistics_in_place(joint, written)
     _keep_old_values(joint, [joint.primals[index] for index, _ in pending])
@@ -95,6 +96,23 @@ def _rnn_layers_with_workspace(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is aten.mkldnn_rnn_layer.default:
             node.target = private.training_rnn_layer
+
+
+def _mixed_precision_statistics(graph: fx.Graph) -> None:
+    """Under autocast a batch norm keeps its statistics in the parameters' precision; its fake kernel errs."""
+    for node in graph.nodes:
+        if node.target is not aten._native_batch_norm_legit_functional.default or node.args[1] is None:
+            continue
+        dtype = node.args[1].meta["val"].dtype
+        value = list(node.meta["val"])
+        for index in (1, 2):
+            if value[index].dtype != dtype:
+                with value[index].fake_mode:
+                    value[index] = torch.empty(value[index].shape, dtype=dtype, device=value[index].device)
+        node.meta["val"] = tuple(value)
+        for user in node.users:
+            if user.target is private.getitem and user.args[1] in (1, 2):
+                user.meta["val"] = value[user.args[1]]  # type: ignore[index]
 
 
 def _statistics_in_place(
