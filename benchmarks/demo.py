@@ -84,6 +84,7 @@ class Cell:
 
 def main() -> int:
     args = _arguments()
+    torch.set_num_threads(args.threads)
     start_s = time.perf_counter()
     console = Console(stderr=True)
     cells: list[Cell] = []
@@ -110,6 +111,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scale", choices=("test", "bench"), default="bench", help="size of the models")
     parser.add_argument("--steps", type=int, default=3, help="training steps to compare")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch's threads; one isn't disturbed by what else runs"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
 
@@ -136,6 +140,7 @@ def _run_model(spec: ModelSpec, scale: Scale, steps: int, rounds: int, console: 
             {name: (lambda stepper=stepper: stepper.step(0)) for name, stepper in contestants.items()},
             reference="eager",
             rounds=rounds,
+            warmup=0,  # all have just trained
         )
     return [
         Cell(
@@ -202,7 +207,7 @@ def _differences(reference: list[StepResult], results: Iterator[StepResult]) -> 
 
 
 def _record(cells: list[Cell], elapsed_s: float, args: argparse.Namespace) -> dict[str, object]:
-    options = f"--scale {args.scale} --steps {args.steps} --rounds {args.rounds}"
+    options = f"--scale {args.scale} --steps {args.steps} --rounds {args.rounds} --threads {args.threads}"
     return {
         "benchmark": "demo",
         "command": f"python -m benchmarks.demo {options}",
