@@ -54,10 +54,14 @@ def squeeze(step: Step, plan: Plan) -> Iterator[Plan]:
     """Yield plans of ever lower peak, by descents of a shrinking stride, until stuck."""
     stride, least = 0.08, 0.002 if len(step.names) < LARGE else 0.02
     peak = step.peak_bytes(plan)
-    while stride > least and peak > 0:
+    work = 50_000 + 20 * len(step.names)
+    while stride > least and peak > 0 and work > 0:
         bench = Workbench(step, plan)
         target = int(peak * (1 - stride))
-        if descend(bench, target, max_length=len(plan.order) + 2 * len(step.names)):
+        longest = len(plan.order) + 2 * len(step.names)
+        fits = descend(bench, target, max_length=longest, max_work=work)
+        work -= bench.work + bench.length
+        if fits:
             spend(bench, target)
             plan = bench.plan()
             peak = bench.peak_bytes()
@@ -104,13 +108,14 @@ def _ratio(move: Move, prices: np.ndarray) -> float:
     return move.gain_s / cost if cost > 0 else float("inf")
 
 
-def descend(bench: Workbench, target: int, *, max_length: int) -> bool:
+def descend(bench: Workbench, target: int, *, max_length: int, max_work: int = 1 << 40) -> bool:
     """Drop until the peak is at most the target. False when stuck."""
     stalled, left = 0, float("inf")
     for _ in range(MAX_ROUNDS):
         if bench.peak_bytes() <= target:
             return True
-        if bench.length > max_length or stalled > 2 or not _descend_once(bench, target):
+        bench.work += bench.length
+        if bench.work > max_work or bench.length > max_length or stalled > 2 or not _descend_once(bench, target):
             return False
         excess = float(np.maximum(bench.memory - target, 0).sum())
         stalled = stalled + 1 if excess > 0.98 * left else 0

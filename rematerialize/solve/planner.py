@@ -19,6 +19,7 @@ from rematerialize.solve.descent import oscillate, spend, squeeze
 from rematerialize.solve.step import Plan, Step, compile_step
 from rematerialize.solve.workbench import Workbench
 
+LONG = 3  # plans longer than this many times the step's ops are not polished: too slow
 SUBLEVELS = 8  # levels at which the room between two archived plans is spent
 Solver = Callable[[Step, Sequence[int]], Iterable[Plan]]
 
@@ -155,7 +156,8 @@ class Planner:
         """
         archive = self._archive
         best = archive[index]
-        if not self._refine or index + 1 == len(archive) or budget_bytes == best.peak_bytes:
+        long = best.length > LONG * len(self._step.names)
+        if not self._refine or long or index + 1 == len(archive) or budget_bytes == best.peak_bytes:
             return best
         low, above = best.peak_bytes, archive[index + 1]
         if index not in self._finished:
@@ -176,7 +178,8 @@ class Planner:
         """Lower the minimum, starting from the lowest plans of different solvers."""
         lowest: dict[str, _Point] = {}
         for point in sorted(points, key=_by_peak):
-            lowest.setdefault(point.solver, point)
+            if point.length <= LONG * len(self._step.names):
+                lowest.setdefault(point.solver, point)
         for name, point in list(lowest.items())[: self._effort.squeezes]:
             for plan in squeeze(self._step, point.plan):
                 points.append(self._point(plan, name))
@@ -189,7 +192,8 @@ class Planner:
         near = [least * (100 + percent) // 100 for percent in (0, 2, 5, 10, 20)][:: self._effort.stride]
         for level in sorted({*levels[:: self._effort.stride], *near}, reverse=True):
             best: _Point | None = None
-            for start in _starts(points, level)[: self._effort.starts]:
+            short = [p for p in points if p.length <= LONG * len(self._step.names)]
+            for start in _starts(short, level)[: self._effort.starts]:
                 bench = Workbench(self._step, start.plan)
                 spend(bench, level)
                 if best is None or bench.time_s < best.time_s:
@@ -199,7 +203,7 @@ class Planner:
                 if time.monotonic() > self._deadline:
                     break
             if best is None:
-                break
+                continue
             points.append(best)
             plan = oscillate(self._step, best.plan, level, self._effort.depths)
             if plan is not best.plan:

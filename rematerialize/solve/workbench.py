@@ -49,6 +49,7 @@ class Workbench:
         self.step = step
         self.time_s = step.duration_s(plan.order)
         self.length = len(plan.order)
+        self.work = 0  # executions looked at, for limits that don't depend on the clock
         self._lay_out(plan)
 
     def _lay_out(self, plan: Plan) -> None:
