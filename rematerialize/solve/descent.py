@@ -115,7 +115,9 @@ def descend(bench: Workbench, target: int, *, max_length: int, max_work: int = 1
         if bench.peak_bytes() <= target:
             return True
         bench.work += bench.length
-        if bench.work > max_work or bench.length > max_length or stalled > 2 or not _descend_once(bench, target):
+        if bench.work > max_work or bench.length > max_length or stalled > 2:
+            return False
+        if not _descend_once(bench, target):
             return False
         excess = float(np.maximum(bench.memory - target, 0).sum())
         stalled = stalled + 1 if excess > 0.98 * left else 0
