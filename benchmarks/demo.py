@@ -13,9 +13,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -36,6 +37,8 @@ from rematerialize.units import format_bytes, format_percent, format_seconds
 MODEL_NAMES = ("gpt", "unet")
 BUDGETS = ("100%", "70%", "50%", "30%", "minimum")
 LEARNING_RATE = 0.01
+REFUSED = "doesn't fit"
+Number = TypeVar("Number", int, float)
 HEADERS = (
     "budget",
     "bytes",
@@ -51,35 +54,45 @@ HEADERS = (
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One model under one budget; byte figures are above what was resident when the step began."""
+    """One model under one budget; byte figures are above what was resident when the step began.
+
+    Figures are None where nothing fits: the refusal names the minimum, which is the table's last row.
+    """
 
     model: str
     budget: str
-    budget_bytes: int
-    predicted_bytes: int
-    measured_bytes: int
     eager_bytes: int
-    predicted_overhead: float
-    measured_overhead: float
-    planning_s: float
     gradients: str
+    budget_bytes: int | None = None
+    predicted_bytes: int | None = None
+    measured_bytes: int | None = None
+    predicted_overhead: float | None = None
+    measured_overhead: float | None = None
+    planning_s: float | None = None
 
     @property
     def keeps_its_word(self) -> bool:
+        if self.measured_bytes is None or self.budget_bytes is None:
+            return self.gradients == REFUSED
         return self.gradients == "equal" and self.measured_bytes <= self.budget_bytes
 
     def row(self) -> tuple[str, ...]:
+        share = None if self.measured_bytes is None else self.measured_bytes / self.eager_bytes
         return (
             self.budget,
-            format_bytes(self.budget_bytes),
-            format_bytes(self.predicted_bytes),
-            format_bytes(self.measured_bytes) + (" OVER" if self.measured_bytes > self.budget_bytes else ""),
-            format_percent(self.measured_bytes / self.eager_bytes),
-            format_percent(self.predicted_overhead),
-            format_percent(self.measured_overhead),
-            format_seconds(self.planning_s),
+            _shown(self.budget_bytes, format_bytes),
+            _shown(self.predicted_bytes, format_bytes),
+            _shown(self.measured_bytes, format_bytes),
+            _shown(share, format_percent),
+            _shown(self.predicted_overhead, format_percent),
+            _shown(self.measured_overhead, format_percent),
+            _shown(self.planning_s, format_seconds),
             self.gradients,
         )
+
+
+def _shown(value: Number | None, show: Callable[[Number], str]) -> str:
+    return "-" if value is None else show(value)
 
 
 def main() -> int:
@@ -124,39 +137,43 @@ def _run_model(spec: ModelSpec, scale: Scale, steps: int, rounds: int, console: 
         reference = list(_train(eager, steps))
         eager_bytes = _peak_bytes(eager)
     contestants = {"eager": eager}
-    plans: dict[str, tuple[remat.Plan, float, str]] = {}
+    plans: dict[str, tuple[remat.Plan, float]] = {}
+    gradients: dict[str, str] = {}
     minimum_bytes = 0
     for budget in BUDGETS:
         with console.status(f"{spec.name}: planning {budget}, then training {steps} steps"):
-            stepper, plan, planning_s = _planned(
-                spec, scale, minimum_bytes if budget == "minimum" else budget
-            )
+            try:
+                stepper, plan, planning_s = _planned(
+                    spec, scale, minimum_bytes if budget == "minimum" else budget
+                )
+            except remat.BudgetError as error:
+                minimum_bytes = error.minimum_bytes
+                gradients[budget] = REFUSED
+                continue
             minimum_bytes = plan.minimum_bytes
             contestants[budget] = stepper
-            plans[budget] = plan, planning_s, _differences(reference, _train(stepper, steps))
+            plans[budget] = plan, planning_s
+            gradients[budget] = _differences(reference, _train(stepper, steps))
     with console.status(f"{spec.name}: timing {len(contestants)} variants in turns"):
-        peaks = {budget: _peak_bytes(contestants[budget]) for budget in BUDGETS}
+        peaks = {budget: _peak_bytes(contestants[budget]) for budget in plans}
         timings = time_interleaved(
             {name: (lambda stepper=stepper: stepper.step(0)) for name, stepper in contestants.items()},
             reference="eager",
             rounds=rounds,
             warmup=0,  # all have just trained
         )
-    return [
-        Cell(
-            model=spec.name,
-            budget=budget,
+    cells = {name: Cell(spec.name, name, eager_bytes, text) for name, text in gradients.items()}
+    for budget, (plan, planning_s) in plans.items():
+        cells[budget] = replace(
+            cells[budget],
             budget_bytes=plan.budget_bytes,
             predicted_bytes=plan.peak_bytes,
             measured_bytes=peaks[budget],
-            eager_bytes=eager_bytes,
             predicted_overhead=plan.overhead,
             measured_overhead=timings[budget].ratio - 1,
             planning_s=planning_s,
-            gradients=difference,
         )
-        for budget, (plan, planning_s, difference) in plans.items()
-    ]
+    return list(cells.values())
 
 
 def _eager(spec: ModelSpec, scale: Scale) -> Stepper:

@@ -45,7 +45,7 @@ def demo() -> str:
     ]
     versions = record["versions"]
     note = (
-        f"`{record['command']}` on {record['device']}, {record['threads']} threads, "
+        f"`{record['command']}` on {record['device']}, {record['threads']} thread(s), "
         f"torch {versions['torch']};\n"
         f"{record['elapsed_s']:.0f} s in all. Peaks are the allocator's, above what was resident\n"
         "when the step began; step time is over eager's, in alternating runs."
@@ -54,6 +54,8 @@ def demo() -> str:
 
 
 def _demo_row(cell: dict[str, Any]) -> list[str]:
+    if cell["measured_bytes"] is None:
+        return [cell["model"], cell["budget"], "-", "-", "-", "-", "-", cell["gradients"]]
     return [
         cell["model"],
         cell["budget"],
