@@ -72,7 +72,7 @@ class Workbench:
                 source = newest.get(value, -1)
                 sources.append(source)
                 if source >= 0:
-                    readers[source][value].append(slot)
+                    insort(readers[source][value], slot)  # before FOREVER, if the caller holds it as well
             self.sources[slot] = sources
             made: dict[int, list[int]] = {}
             for value in outputs[op]:
