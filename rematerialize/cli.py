@@ -91,14 +91,14 @@ def plan(
 ) -> None:
     """Capture a model's training step and say what it needs under a budget."""
     with _one_line_errors(debug):
-        budgets = _one_budget(budget, activation_budget)
+        _check_budgets(budget, activation_budget)
         model, example_inputs = _call_factory(factory, debug=debug)
         _progress(f"capturing and planning {factory}")
         start_s = time.perf_counter()
         with contextlib.redirect_stdout(sys.stderr):  # a model that prints must not mix with our data
             from rematerialize import api
 
-            made = api.plan(model, example_inputs, **budgets)
+            made = api.plan(model, example_inputs, budget=budget, activation_budget=activation_budget)
         _progress(f"planned in {format_seconds(time.perf_counter() - start_s)}")
         if output is not None:
             made.save(output)
@@ -176,17 +176,15 @@ def _print_summary(
     print(plan_table(f"Schedule of {len(graph.ops)} ops", rows))
 
 
-def _one_budget(budget: str | None, activation_budget: str | None) -> dict[str, str]:
-    """Return the one budget given, checked before anything slow is imported."""
+def _check_budgets(budget: str | None, activation_budget: str | None) -> None:
+    """Refuse what can't be a budget before anything slow is imported."""
     if (budget is None) == (activation_budget is None):
         got = "none" if budget is None else "both"
         raise UsageError(f"expected one of --budget and --activation-budget, got {got}; give one of them")
     if budget is not None:
         parse_budget(budget, name="--budget", allow_auto=True)
-        return {"budget": budget}
-    assert activation_budget is not None
-    parse_budget(activation_budget, name="--activation-budget")
-    return {"activation_budget": activation_budget}
+    if activation_budget is not None:
+        parse_budget(activation_budget, name="--activation-budget")
 
 
 def _call_factory(path: str, *, debug: bool) -> tuple[Any, Any]:
