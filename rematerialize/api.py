@@ -20,8 +20,8 @@ from rematerialize.plans import Plan, below_minimum
 from rematerialize.prepare import (
     PreparedStep,
     bind_inputs,
-    check_fingerprint,
     check_model,
+    matching_variant,
     prepare,
     signature,
 )
@@ -93,20 +93,19 @@ def plan(
 def choose(model: nn.Module, prepared: PreparedStep, request: BudgetRequest) -> Plan:
     """The plan for a prepared step under a requested budget; raises BudgetError in the request's scope."""
     start = time.perf_counter()
-    planner = prepared.planner
-    store_all = planner.store_all()
-    minimum = planner.minimum()
+    store_all = prepared.planner.store_all()
+    minimum = prepared.minimum()
     device = _device(model)
     asked = request.activation_bytes(store_all.peak_bytes, prepared.resident_bytes, device)
     try:
-        schedule = planner.solve(asked)
+        variant, schedule = prepared.solve(asked)
     except BudgetError as error:
         if request.activation_budget is not None:
             raise below_minimum(error, asked, minimum, "an activation budget") from None
         besides = prepared.resident_bytes + request.reserve_bytes
         raise below_minimum(error, asked + besides, minimum + besides, "a budget") from None
     return Plan(
-        graph=prepared.graph,
+        graph=variant.graph,
         schedule=schedule,
         budget_bytes=asked,
         store_all_peak_bytes=store_all.peak_bytes,
@@ -114,7 +113,7 @@ def choose(model: nn.Module, prepared: PreparedStep, request: BudgetRequest) -> 
         minimum_bytes=minimum,
         resident_bytes=prepared.resident_bytes,
         plan_s=time.perf_counter() - start,
-        prepared=prepared,
+        prepared=variant,
     )
 
 
@@ -145,10 +144,14 @@ def frontier(
     checked = check_model(model)
     inputs = bind_inputs(checked.forward, example_inputs)
     prepared = prepare(checked, checked.forward, inputs, solver=solver, time_limit_s=time_limit_s)
-    schedules = prepared.planner.frontier(points)
-    return tuple(
-        choose(checked, prepared, read_budget(None, schedule.budget_bytes)) for schedule in schedules
-    )
+    high, low = prepared.planner.store_all().peak_bytes, prepared.minimum()
+    found: list[Plan] = []
+    for rank in range(points):
+        budget_bytes = high - (high - low) * rank // (points - 1)
+        made = choose(checked, prepared, read_budget(None, budget_bytes))
+        if not found or made.peak_bytes < found[-1].peak_bytes:
+            found.append(made)
+    return tuple(found)
 
 
 def wrap(
@@ -224,12 +227,11 @@ class _planned:
         prepared = self.given.prepared if self.given is not None else None
         if prepared is None or prepared.model is not model or prepared.key != signature(model, inputs):
             prepared = prepare(model, forward, inputs, solver=self.solver, time_limit_s=self.time_limit_s)
-        if self.given is None:
-            made = choose(model, prepared, self.request)
-        else:
-            made = self.given
-            check_fingerprint(prepared.graph, made.graph)
-        return made, prepared.build(made.schedule)
+        if self.given is not None:
+            return self.given, matching_variant(prepared, self.given.graph).build(self.given.schedule)
+        made = choose(model, prepared, self.request)
+        assert made.prepared is not None
+        return made, made.prepared.build(made.schedule)
 
     def __getstate__(self) -> dict[str, Any]:
         """A prepared step holds code for this process: a copy captures again."""

@@ -58,6 +58,8 @@ class PreparedStep:
         Seconds spent on tracing, and on measuring costs.
     model, key
         What was captured, and the input signature for which.
+    finer : PreparedStep, optional
+        The same step with its fused recurrences split over time: lower peaks, equal up to rounding.
     """
 
     captured: CapturedStep
@@ -69,6 +71,33 @@ class PreparedStep:
     cost_s: float
     model: nn.Module
     key: Hashable
+    finer: PreparedStep | None = None
+
+    def variants(self) -> tuple[PreparedStep, ...]:
+        """This step, and the finer one if there is one."""
+        return (self,) if self.finer is None else (self, self.finer)
+
+    def minimum(self) -> int:
+        """The smallest activation budget that works, in bytes."""
+        return min(variant.planner.minimum() for variant in self.variants())
+
+    def solve(self, budget_bytes: int) -> tuple[PreparedStep, Schedule]:
+        """The fastest schedule within a budget, and the variant that it belongs to.
+
+        Raises
+        ------
+        BudgetError
+            When ``budget_bytes < minimum()``.
+        """
+        if self.finer is None or self.planner.minimum() > budget_bytes:
+            last = self.variants()[-1]
+            return last, last.planner.solve(budget_bytes)
+        found = [
+            (variant, variant.planner.solve(budget_bytes))
+            for variant in self.variants()
+            if variant.planner.minimum() <= budget_bytes
+        ]
+        return min(found, key=lambda pair: pair[1].time_s)
 
     def build(self, schedule: Schedule) -> TrainingStep:
         """Judge a schedule by the simulator, then emit it.
@@ -91,8 +120,22 @@ def prepare(
     time_limit_s: float | None = None,
 ) -> PreparedStep:
     """Capture a step, measure its costs and set up its planner. Changes nothing that the user can see."""
+    whole = _prepare(model, forward, inputs, False, solver, time_limit_s)
+    if whole.captured.splittable:
+        whole.finer = _prepare(model, forward, inputs, True, solver, time_limit_s)
+    return whole
+
+
+def _prepare(
+    model: nn.Module,
+    forward: Callable[..., Any],
+    inputs: FlatInputs,
+    split_recurrences: bool,
+    solver: str,
+    time_limit_s: float | None,
+) -> PreparedStep:
     start = time.perf_counter()
-    captured = capture(model, forward, inputs)
+    captured = capture(model, forward, inputs, split_recurrences=split_recurrences)
     kernels = group_kernels(normalize(captured.joint))
     captured_at = time.perf_counter()
     graph = lower(kernels, shared_costs()(kernels.kernels))
@@ -182,13 +225,21 @@ def _check_device(model: nn.Module, device: torch.device) -> None:
         )
 
 
-def check_fingerprint(prepared: TrainingGraph, planned: TrainingGraph) -> None:
-    """Refuse a plan whose graph differs in structure or sizes from the captured one."""
-    if _structure(prepared) == _structure(planned):
-        return
-    reason = f"it has {len(planned.ops)} ops, this model's step has {len(prepared.ops)}"
-    if len(planned.ops) == len(prepared.ops):
-        pairs = zip(prepared.ops, planned.ops, strict=True)
+def matching_variant(prepared: PreparedStep, planned: TrainingGraph) -> PreparedStep:
+    """The variant of a step that a plan was made for.
+
+    Raises
+    ------
+    PlanMismatchError
+        If none has the plan's structure and sizes.
+    """
+    for variant in prepared.variants():
+        if _structure(variant.graph) == _structure(planned):
+            return variant
+    graph = prepared.graph
+    reason = f"it has {len(planned.ops)} ops, this model's step has {len(graph.ops)}"
+    if len(planned.ops) == len(graph.ops):
+        pairs = zip(graph.ops, planned.ops, strict=True)
         here = next((f"{a.name} ({a.source})" for a, b in pairs if (a.name, a.target) != (b.name, b.target)), "")
         reason = f"they differ at {here}" if here else "the sizes of their tensors differ"
     raise PlanMismatchError(

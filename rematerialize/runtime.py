@@ -82,7 +82,9 @@ class _Compute(torch.autograd.Function):
             results = emitted.forward.forward([primals[i] for i in emitted.forward_primals])
         count = len(emitted.outputs)
         box.outputs = list(results[:count])
-        ctx.saved_values = list(results[count:])
+        # An output that is saved too will know this step as its maker: saved as itself, it would never be freed.
+        returned = {id(output) for output in box.outputs}
+        ctx.saved_values = [v.detach() if id(v) in returned else v for v in results[count:]]
         ctx.step, ctx.box = step, box
         # Through save_for_backward, autograd notices a parameter that is changed before the backward.
         ctx.save_for_backward(*[primals[i] for i in emitted.backward_primals])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import threading
 from collections import OrderedDict
@@ -46,6 +47,10 @@ class RematerializedForward:
         self._steps: OrderedDict[Hashable, tuple[Plan, TrainingStep]] = OrderedDict()
         self._lock = threading.RLock()
         functools.update_wrapper(self, type(model).forward, updated=())
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
 
     @property
     def original(self) -> Callable[..., Any]:

@@ -14,7 +14,8 @@ from rematerialize.errors import BudgetError
 from rematerialize.ir import Op, TrainingGraph
 from rematerialize.simulate import simulate
 from rematerialize.solve import Planner, frontier, minimum, solve, solvers, store_all
-from rematerialize.solve.step import Plan, Step
+from rematerialize.solve.step import Plan, Step, compile_step
+from rematerialize.solve.workbench import Workbench
 from tests.strategies import budgets, chains, training_graphs
 
 SMALL = {
@@ -230,3 +231,22 @@ def test_a_long_chain_does_not_hit_the_recursion_limit() -> None:
 def test_solve_never_imports_torch() -> None:
     code = "import sys, rematerialize.solve; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_workbench_memory_is_exact_where_the_backward_reads_an_output() -> None:
+    """An output's instance lives to the end although its last reader comes earlier."""
+    ops = (
+        Op("f1", "forward", 1.0, ("x",), ("a",)),
+        Op("f2", "forward", 1.0, ("a",), ("loss",)),
+        Op("b2", "backward", 1.0, ("t", "loss", "a"), ("da",)),
+        Op("b1", "backward", 1.0, ("da", "a"), ("dx",)),
+    )
+    sizes = {"x": 8, "a": 100, "loss": 1000, "t": 1000, "da": 100, "dx": 10}
+    graph = TrainingGraph(ops, sizes, frozenset({"x"}), ("t",), ("loss",), ("dx",))
+    step = compile_step(graph)
+    again = Plan((0, 1, 0, 1, 2, 3), 2)  # both forward ops run again in the backward
+    bench = Workbench(step, again)
+    bench.check()
+    slot = bench.runs[1][-1]
+    bench.retain(slot, bench.retention(slot))
+    bench.check()

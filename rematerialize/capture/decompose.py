@@ -19,13 +19,23 @@ _SHORTEST_SPLIT_SEQUENCE = 32
 
 
 class splitting_recurrences(TorchFunctionMode):
-    """While active, unpacked one-directional LSTMs run layer by layer over chunks of the time axis."""
+    """While active, unpacked one-directional LSTMs run layer by layer over chunks of the time axis.
+
+    With ``split=False`` they run whole. ``found`` says whether there were any.
+    """
+
+    def __init__(self, split: bool) -> None:
+        super().__init__()
+        self.split = split
+        self.found = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.lstm and not kwargs and _splittable(args):
-            return _lstm_in_chunks(*args)
+            self.found = True
+            if self.split:
+                return _lstm_in_chunks(*args)
         return func(*args, **(kwargs or {}))
 
 

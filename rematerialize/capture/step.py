@@ -66,13 +66,15 @@ class CapturedStep:
     """A captured step: the joint trace, and how flat values map to the module and to the call.
 
     ``slots[i]`` is the home of primal ``i``; the primals after them are the input tensors. ``output_leaves``
-    holds a ``_Hole`` (an index into the flat tensor outputs) or a constant per output leaf.
+    holds a ``_Hole`` (an index into the flat tensor outputs) or a constant per output leaf. ``splittable``:
+    a capture with ``split_recurrences`` would be finer.
     """
 
     joint: private.JointTrace
     slots: tuple[TensorSlot, ...]
     output_leaves: tuple[Any, ...]
     output_spec: private.TreeSpec
+    splittable: bool = False
 
     def pack_outputs(self, tensors: Sequence[Tensor]) -> Any:
         leaves = [tensors[leaf.index] if isinstance(leaf, _Hole) else leaf for leaf in self.output_leaves]
@@ -116,7 +118,9 @@ def tensor_slots(model: nn.Module) -> tuple[TensorSlot, ...]:
     return tuple(sorted(slots, key=lambda slot: order[slot.kind]))
 
 
-def capture(model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs) -> CapturedStep:
+def capture(
+    model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs, *, split_recurrences: bool = False
+) -> CapturedStep:
     """Trace one training step of ``forward``, which belongs to ``model``.
 
     Nothing runs on real data and nothing of the model changes: parameters, buffers, generator state, gradients.
@@ -129,6 +133,8 @@ def capture(model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs) -
         The model's own forward (bound), the thing to trace.
     inputs : FlatInputs
         The call to trace.
+    split_recurrences : bool
+        Run fused LSTMs over chunks of time: finer to plan, gradients equal up to rounding.
 
     Raises
     ------
@@ -137,7 +143,7 @@ def capture(model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs) -
         that the package doesn't handle), or needs no gradient. It names the user's line.
     """
     slots = tensor_slots(model)
-    recorder = _Recorder(model, forward, inputs, slots)
+    recorder = _Recorder(model, forward, inputs, slots, splitting_recurrences(split_recurrences))
     primals = [slot.read() for slot in slots]
     known = {id(tensor) for tensor in primals}
     if any(id(tensor) in known for tensor in inputs.tensors):
@@ -159,7 +165,8 @@ def capture(model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs) -
     if recorder.structure is None:
         raise CaptureError("the forward was never called during the trace; report this as a bug")
     leaves, spec = recorder.structure
-    return CapturedStep(joint, slots, leaves, spec)
+    splittable = recorder.recurrences.found and not split_recurrences
+    return CapturedStep(joint, slots, leaves, spec, splittable)
 
 
 class _Recorder:
@@ -171,7 +178,9 @@ class _Recorder:
         forward: Callable[..., Any],
         inputs: FlatInputs,
         slots: tuple[TensorSlot, ...],
+        recurrences: splitting_recurrences,
     ) -> None:
+        self.recurrences = recurrences
         self.model = model
         self.forward = forward
         self.inputs = inputs
@@ -183,7 +192,7 @@ class _Recorder:
     def __call__(self, *flat: Tensor) -> Sequence[Tensor]:
         self.in_backward = False
         args, kwargs = self.inputs.rebuild(flat[len(self.slots) :])
-        with _swapped(self.homes, flat), splitting_recurrences():
+        with _swapped(self.homes, flat), self.recurrences:
             output = self.forward(*args, **kwargs)
             self._refuse_reassigned(flat)
         leaves, spec = private.tree_flatten(output)

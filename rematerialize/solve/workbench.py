@@ -148,6 +148,8 @@ class Workbench:
                 death = self.death(before, value)
                 if death < slot:
                     ranges.append((death + 1, slot, size[value]))
+                else:  # the caller holds the previous instance anyway: the copy goes
+                    ranges.append((slot, self.death(slot, value) + 1, -size[value]))
         removed, gone, gain = [slot], {slot}, 0.0
         lost: dict[tuple[int, int], None] = {}
         for dead in removed:
