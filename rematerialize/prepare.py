@@ -34,6 +34,9 @@ from rematerialize.solve import Planner
 
 _log = logging.getLogger("rematerialize")
 
+# The finer variant must save this share of the step: only the whole one has eager's bits.
+_BITS_WORTH = 0.05
+
 
 @functools.lru_cache(maxsize=1)
 def shared_costs() -> CostModel:
@@ -89,15 +92,14 @@ class PreparedStep:
         BudgetError
             When ``budget_bytes < minimum()``.
         """
-        if self.finer is None or self.planner.minimum() > budget_bytes:
-            last = self.variants()[-1]
-            return last, last.planner.solve(budget_bytes)
-        found = [
-            (variant, variant.planner.solve(budget_bytes))
-            for variant in self.variants()
-            if variant.planner.minimum() <= budget_bytes
-        ]
-        return min(found, key=lambda pair: pair[1].time_s)
+        if self.finer is None or self.finer.planner.minimum() > budget_bytes:
+            return self, self.planner.solve(budget_bytes)
+        fine = self.finer.planner.solve(budget_bytes)
+        if self.planner.minimum() <= budget_bytes:
+            whole = self.planner.solve(budget_bytes)
+            if whole.time_s <= fine.time_s + _BITS_WORTH * self.planner.store_all().time_s:
+                return self, whole
+        return self.finer, fine
 
     def build(self, schedule: Schedule) -> TrainingStep:
         """Judge a schedule by the simulator, then emit it.
