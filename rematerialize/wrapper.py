@@ -44,7 +44,8 @@ class RematerializedForward:
         self.own_forward = vars(model).get("forward")
         self.plan_signature = plan_signature
         self.max_plans = max_plans
-        self._steps: OrderedDict[Hashable, tuple[Plan, TrainingStep]] = OrderedDict()
+        # With the modules: the keys name them by id, which nobody else may take while the key stands.
+        self._steps: OrderedDict[Hashable, tuple[Plan, TrainingStep, tuple[nn.Module, ...]]] = OrderedDict()
         self._lock = threading.RLock()
         functools.update_wrapper(self, type(model).forward, updated=())
 
@@ -77,13 +78,13 @@ class RematerializedForward:
         return self._entry(inputs)[1]
 
     def _entry(self, inputs: FlatInputs) -> tuple[Plan, TrainingStep]:
-        key = signature(self.model, inputs)
+        key = (signature(self.model, inputs), parts_of(self.model))
         with self._lock:
             if key in self._steps:
                 self._steps.move_to_end(key)
-                return self._steps[key]
+                return self._steps[key][:2]
             entry = self.plan_signature(self.model, self.original, inputs)
-            self._steps[key] = entry
+            self._steps[key] = (*entry, tuple(self.model.modules()))
             while len(self._steps) > self.max_plans:
                 self._steps.popitem(last=False)
         made = entry[0]
@@ -113,3 +114,25 @@ class RematerializedForward:
         self._steps = OrderedDict()
         self._lock = threading.RLock()
         functools.update_wrapper(self, type(self.model).forward, updated=())
+
+
+_PLAIN_TYPES = frozenset({int, float, bool, str, type(None)})
+_TORCH_OWN = frozenset({"training", "_is_full_backward_hook"})
+
+
+def parts_of(model: nn.Module) -> Hashable:
+    """What a trace bakes in besides layouts: modules, ties, plain attributes, hooks of inner modules.
+
+    Linear in the modules: three microseconds each.
+    """
+    numbers: dict[int, int] = {}
+    parts: list[Hashable] = []
+    for module in model.modules():
+        own = vars(module)
+        parts.append(id(module))
+        parts.append(tuple([(k, v) for k, v in own.items() if type(v) in _PLAIN_TYPES and k not in _TORCH_OWN]))
+        members = (*own["_parameters"].values(), *own["_buffers"].values())
+        parts.append(tuple([numbers.setdefault(id(member), len(numbers)) for member in members]))
+        if module is not model:
+            parts.append((*own["_forward_pre_hooks"], *own["_forward_hooks"], *own["_backward_hooks"]))
+    return tuple(parts)
