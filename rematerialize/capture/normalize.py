@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import Aliases, find_aliases, input_nodes, is_random, is_view, phase_of
+from rematerialize.capture.convolution import split_convolution_backwards
 from rematerialize.capture.random import fill_in_eager_layout
 from rematerialize.capture.scatter import write_through_scatters
 
@@ -45,6 +46,7 @@ def normalize(joint: private.JointTrace) -> NormalGraph:
     written: dict[fx.Node, tuple[fx.Node, ...]] = {}
     fill_in_eager_layout(graph)
     _factories_without_templates(graph)
+    split_convolution_backwards(graph)
     _rnn_layers_with_workspace(graph)
     _mixed_precision_statistics(graph)
     write_through_scatters(graph)
