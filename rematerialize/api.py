@@ -23,9 +23,9 @@ from rematerialize.prepare import (
     check_model,
     matching_variant,
     prepare,
-    signature,
 )
 from rematerialize.runtime import TrainingStep
+from rematerialize.signature import signature
 from rematerialize.wrapper import RematerializedForward
 
 __all__ = ["Plan", "frontier", "plan", "unwrap", "wrap"]
@@ -201,29 +201,23 @@ def wrap(
         request = read_budget(budget, activation_budget, reserve, optimizer, checked)
     else:
         request = read_budget(None, plan.budget_bytes)
-    rematerialized = RematerializedForward(
-        checked, _planned(request, plan, solver, time_limit_s), max_plans=max_plans
-    )
+    rematerialized = RematerializedForward(checked, _planned(request, plan, solver, time_limit_s), max_plans=max_plans)
     if example_inputs is not None:
         rematerialized.plan_for(bind_inputs(checked.forward, example_inputs))
-    checked.forward = rematerialized  # type: ignore[method-assign]
+    checked.forward = rematerialized
     return checked
 
 
 class _planned:
     """How a wrapped model plans a signature: by budget, or by a given plan when its step is the same."""
 
-    def __init__(
-        self, request: BudgetRequest, given: Plan | None, solver: str, time_limit_s: float | None
-    ) -> None:
+    def __init__(self, request: BudgetRequest, given: Plan | None, solver: str, time_limit_s: float | None) -> None:
         self.request = request
         self.given = given
         self.solver = solver
         self.time_limit_s = time_limit_s
 
-    def __call__(
-        self, model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs
-    ) -> tuple[Plan, TrainingStep]:
+    def __call__(self, model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs) -> tuple[Plan, TrainingStep]:
         prepared = self.given.prepared if self.given is not None else None
         if prepared is None or prepared.model is not model or prepared.key != signature(model, inputs):
             prepared = prepare(model, forward, inputs, solver=self.solver, time_limit_s=self.time_limit_s)

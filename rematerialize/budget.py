@@ -99,7 +99,9 @@ def optimizer_bytes(optimizer: Any, model: nn.Module) -> int:
     if isinstance(optimizer, str):
         classes = {name.lower(): value for name, value in vars(torch.optim).items() if isinstance(value, type)}
         if optimizer.lower() not in classes:
-            raise RematerializeError(f"unknown optimizer {optimizer!r}: give a class name of torch.optim or an instance")
+            raise RematerializeError(
+                f"unknown optimizer {optimizer!r}: give a class name of torch.optim or an instance"
+            )
         kind, groups = classes[optimizer.lower()], [{"params": [p for p in model.parameters() if p.requires_grad]}]
     elif isinstance(optimizer, torch.optim.Optimizer):
         kind, groups = type(optimizer), [dict(group) for group in optimizer.param_groups]

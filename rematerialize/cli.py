@@ -38,9 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="PATH", help="Write the result here.")
-]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", metavar="PATH", help="Write the result here.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -110,9 +108,7 @@ def plan(
 @app.command()
 def solve(
     graph_file: Annotated[Path, typer.Argument(metavar="GRAPH.JSON", help="A rematerialize.graph/1 file.")],
-    budget: Annotated[
-        str, typer.Option(metavar="SIZE", help="Peak allowed: bytes, 512MiB, 30% of store-all's.")
-    ],
+    budget: Annotated[str, typer.Option(metavar="SIZE", help="Peak allowed: bytes, 512MiB, 30% of store-all's.")],
     output: OutputOption = None,
     solver: Annotated[str, typer.Option(metavar="NAME", help="A registered solver, or auto.")] = "auto",
     time_limit: Annotated[
@@ -190,9 +186,7 @@ def _check_budgets(budget: str | None, activation_budget: str | None) -> None:
 def _call_factory(path: str, *, debug: bool) -> tuple[Any, Any]:
     module_name, _, function_path = path.partition(":")
     if not module_name or not function_path:
-        raise UsageError(
-            f"expected a factory as PKG.MOD:FACTORY, got {path!r}; write for example models:make"
-        )
+        raise UsageError(f"expected a factory as PKG.MOD:FACTORY, got {path!r}; write for example models:make")
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     with contextlib.redirect_stdout(sys.stderr):
@@ -230,9 +224,7 @@ def _blame(who: str, *, debug: bool) -> Iterator[None]:
         if debug:
             raise
         frames = traceback.extract_tb(error.__traceback__)[1:]
-        theirs = [
-            frame for frame in frames if "site-packages" not in frame.filename and frame.filename[0] != "<"
-        ]
+        theirs = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename[0] != "<"]
         where = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
         raise UsageError(f"{who} raised {type(error).__name__}: {error}{where}") from error
 
@@ -251,9 +243,7 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
         if debug:
             raise
         if isinstance(error, BudgetError):
-            print(
-                json.dumps({"error": "budget", "message": str(error), "minimum_bytes": error.minimum_bytes})
-            )
+            print(json.dumps({"error": "budget", "message": str(error), "minimum_bytes": error.minimum_bytes}))
         raise typer.Exit(_explain(error)) from None
 
 

@@ -100,9 +100,7 @@ def emit(graph: KernelGraph, schedule: Schedule, outputs: Sequence[int]) -> Emit
 class _Emitter:
     """Builds one graph. Keys of values are joint nodes, or names of generator states."""
 
-    def __init__(
-        self, graph: KernelGraph, runs: Counter[str], started: set[str], first_pass: _Emitter | None
-    ) -> None:
+    def __init__(self, graph: KernelGraph, runs: Counter[str], started: set[str], first_pass: _Emitter | None) -> None:
         self.source = graph
         self.runs = runs
         self.started = started
@@ -241,6 +239,7 @@ def get_generator_state(device: str) -> Tensor:
 
 
 def set_generator_state(state: Tensor, device: str) -> None:
+    """Set the state of the default generator of a device."""
     if device.startswith("cuda"):
         torch.cuda.set_rng_state(state, device)
     else:

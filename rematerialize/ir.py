@@ -321,9 +321,7 @@ def _verify_ops(graph: TrainingGraph) -> None:
             raise GraphError(f"gradient {name!r} is not produced by any op")
 
 
-def _verify_input(
-    graph: TrainingGraph, op: Op, name: str, phase_of: Mapping[str, Phase], producer: Op | None
-) -> None:
+def _verify_input(graph: TrainingGraph, op: Op, name: str, phase_of: Mapping[str, Phase], producer: Op | None) -> None:
     if name not in graph.storages:
         raise GraphError(f"op {op.name!r}: unknown input storage {name!r}")
     if name in graph.resident or name in phase_of:
@@ -335,7 +333,5 @@ def _verify_input(
     if producer is None:
         raise GraphError(f"op {op.name!r}: input {name!r} is neither resident, a tangent nor produced")
     if op.phase == "forward" and producer.phase == "backward":
-        raise GraphError(
-            f"op {op.name!r}: a forward op can't read {name!r}, made by the backward op {producer.name!r}"
-        )
+        raise GraphError(f"op {op.name!r}: a forward op can't read {name!r}, made by the backward op {producer.name!r}")
     raise GraphError(f"op {op.name!r}: reads {name!r} before the op {producer.name!r} produces it (a cycle?)")

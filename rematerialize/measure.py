@@ -201,7 +201,7 @@ def _opaque(source: fx.Node) -> Tensor | None:
     if not isinstance(maker, fx.Node) or maker.target is not private.training_rnn_layer or index != 3:
         return None
     args = fx.node.map_arg(maker.args, lambda node: _synthetic(node.meta["val"]))
-    result: Tensor = maker.target(*args)[3]  # type: ignore[operator]
+    result: Tensor = maker.target(*args)[3]
     return result
 
 
@@ -232,9 +232,7 @@ def _signature(kernel: Kernel) -> str:
 
     def describe(source: fx.Node) -> str:
         if source not in numbers:
-            layouts = [
-                f"{tuple(t.shape)}{t.stride()}{t.dtype}{t.device}" for _, t in tensors_of(source.meta["val"])
-            ]
+            layouts = [f"{tuple(t.shape)}{t.stride()}{t.dtype}{t.device}" for _, t in tensors_of(source.meta["val"])]
             numbers[source] = f"${len(numbers)}:{layouts}"
         return numbers[source]
 
@@ -251,7 +249,7 @@ class _kept_generator_state:
 
     def __enter__(self) -> None:
         self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._cuda = torch.cuda.get_rng_state_all() if private.cuda_started() else []
 
     def __exit__(self, *exc: object) -> None:
         torch.set_rng_state(self._cpu)

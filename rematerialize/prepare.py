@@ -29,6 +29,7 @@ from rematerialize.ir import TrainingGraph
 from rematerialize.measure import CostModel
 from rematerialize.runtime import TrainingStep, needed_outputs
 from rematerialize.schedule import Schedule
+from rematerialize.signature import signature
 from rematerialize.simulate import simulate
 from rematerialize.solve import Planner
 
@@ -77,7 +78,7 @@ class PreparedStep:
     finer: PreparedStep | None = None
 
     def variants(self) -> tuple[PreparedStep, ...]:
-        """This step, and the finer one if there is one."""
+        """Return this step, and the finer one if there is one."""
         return (self,) if self.finer is None else (self, self.finer)
 
     def minimum(self) -> int:
@@ -254,36 +255,3 @@ def _structure(graph: TrainingGraph) -> Hashable:
     ops = tuple((op.name, op.phase, op.inputs, op.outputs, op.recomputable, op.target) for op in graph.ops)
     ends = (frozenset(graph.resident), graph.tangents, graph.outputs, graph.gradients)
     return (ops, frozenset(graph.storages.items()), ends)
-
-
-def signature(model: nn.Module, inputs: FlatInputs) -> Hashable:
-    """Everything that a trace takes for granted: layouts, gradients, modes, precision settings."""
-    modules = tuple(model.modules())
-    tensors: list[Tensor] = list(inputs.tensors)
-    for module in modules:
-        tensors.extend(p for p in module._parameters.values() if p is not None)
-        tensors.extend(b for b in module._buffers.values() if b is not None)
-    layouts = tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
-    constants = tuple(_hashable(leaf) for leaf in inputs.leaves)
-    return (inputs.spec, constants, layouts, tuple(module.training for module in modules), _modes(tensors))
-
-
-def _hashable(leaf: Any) -> Hashable:
-    try:
-        hash(leaf)
-    except TypeError:
-        return repr(leaf)
-    return (type(leaf), leaf)
-
-
-def _modes(tensors: list[Tensor]) -> Hashable:
-    devices = sorted({tensor.device.type for tensor in tensors})
-    autocast = tuple(
-        (device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device)
-    )
-    return (
-        autocast,
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-    )

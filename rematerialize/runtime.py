@@ -91,7 +91,7 @@ class _Compute(torch.autograd.Function):
         return differentiable[0].new_empty(0, dtype=torch.float32)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         step: TrainingStep = ctx.step
         if ctx.saved_values is None:
@@ -123,7 +123,7 @@ class _Expose(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *received: Tensor | None) -> tuple[Tensor, None, None]:
         step: TrainingStep = ctx.step
         _ = ctx.saved_tensors  # raises when the user changed an output in place that the backward reads
@@ -142,5 +142,3 @@ def _tangent(received: Tensor | None, like: Tensor, device: torch.device) -> Ten
         return received
     fresh = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
     return fresh.zero_() if received is None else fresh.copy_(received)
-
-

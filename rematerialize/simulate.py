@@ -104,9 +104,7 @@ def simulate(graph: TrainingGraph, forward: Sequence[str], backward: Sequence[st
     )
 
 
-def _check_counts(
-    graph: TrainingGraph, ops: dict[str, Op], forward: Sequence[str], backward: Sequence[str]
-) -> None:
+def _check_counts(graph: TrainingGraph, ops: dict[str, Op], forward: Sequence[str], backward: Sequence[str]) -> None:
     once: set[str] = set()
     for phase, names in (("forward", forward), ("backward", backward)):
         for name in names:

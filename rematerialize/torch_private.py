@@ -32,8 +32,6 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -143,11 +141,11 @@ def _recorded_sources() -> Iterator[None]:
             node.meta["source"] = source
         return node
 
-    PythonKeyTracer.create_node = noted
+    PythonKeyTracer.create_node = noted  # type: ignore[method-assign]
     try:
         yield
     finally:
-        PythonKeyTracer.create_node = create_node
+        PythonKeyTracer.create_node = create_node  # type: ignore[method-assign]
 
 
 _TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
@@ -263,9 +261,7 @@ def _read_outputs(output_node: fx.Node, user_outputs: int, primal_count: int) ->
         elif isinstance(descriptor, IntermediateBaseAOTOutput):
             found.outputs.append(value)
             found.descriptors.append(descriptor)
-        elif isinstance(descriptor, InputMutationAOTOutput) and isinstance(
-            descriptor.mutated_input, PlainAOTInput
-        ):
+        elif isinstance(descriptor, InputMutationAOTOutput) and isinstance(descriptor.mutated_input, PlainAOTInput):
             found.mutations.append((descriptor.mutated_input.idx, value))
         elif isinstance(descriptor, GradAOTOutput) and isinstance(descriptor.grad_of, PlainAOTInput):
             found.gradients[descriptor.grad_of.idx] = value
@@ -305,18 +301,14 @@ def view_again(base: Tensor, like: Tensor, alias: OutputAlias) -> Tensor:
     return result
 
 
-def leave_tracing() -> contextlib.AbstractContextManager[Any]:
-    """A context in which no torch tracing context is active (kernels are timed for real)."""
-    return tracing(None) if TracingContext.try_get() is not None else contextlib.nullcontext()
-
-
 def storage_key(tensor: Tensor) -> int:
     """Identity of the storage of a (fake or real) tensor, valid while the tensor is alive."""
     return int(tensor.untyped_storage()._cdata)
 
 
-def is_fake(value: object) -> bool:
-    return isinstance(value, FakeTensor)
+def cuda_started() -> bool:
+    """Has this process a CUDA context? Asking for more would create one."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def backward_keeps_graph() -> bool:
@@ -324,12 +316,10 @@ def backward_keeps_graph() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-class BoxedCodeGen(CodeGen):  # type: ignore[misc]
+class BoxedCodeGen(CodeGen):
     """Generated functions take one list and empty it, so that nobody holds an argument past its last use."""
 
-    def gen_fn_def(
-        self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False
-    ) -> str:
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
         names = [name.split(":")[0].split("=")[0].strip() for name in free_vars if name != "self"]
         head = f"def {self._func_name}(self, boxed):"
         if not names:
@@ -365,8 +355,5 @@ class allocation_events:
     def __exit__(self, *exc: object) -> None:
         threads = torch._C._autograd._disable_profiler_legacy()
         self._changes.extend(
-            event.cpu_memory_usage()
-            for events in threads
-            for event in events
-            if event.kind() == "memory_alloc"
+            event.cpu_memory_usage() for events in threads for event in events if str(event.kind()) == "memory_alloc"
         )

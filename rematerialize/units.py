@@ -158,9 +158,7 @@ def percent(text: str, *, name: str = "percentage") -> Fraction:
         raise UnitError(f"{name} {text!r} can't be read: expected a percentage; write for example '30%'")
     fraction = Fraction(match["number"]) / 100
     if not 0 < fraction <= 1:
-        raise UnitError(
-            f"{name} {text!r} is out of range: expected above 0% and at most 100%; write for example '30%'"
-        )
+        raise UnitError(f"{name} {text!r} is out of range: expected above 0% and at most 100%; write for example '30%'")
     return fraction
 
 
@@ -225,9 +223,7 @@ def _bytes_of_text(text: str, name: str, expected: str) -> int:
     number, unit = match["number"], match["unit"]
     if unit is None:
         if not number.isdigit():
-            raise UnitError(
-                f"{name} {text!r} has no unit: expected {expected}; for {number} GiB write '{number}GiB'"
-            )
+            raise UnitError(f"{name} {text!r} has no unit: expected {expected}; for {number} GiB write '{number}GiB'")
         return int(number)
     if unit.lower() not in _UNIT_BYTES:
         raise UnitError(
@@ -246,8 +242,6 @@ def _bytes_of_number(value: SupportsIndex, name: str, expected: str) -> int:
     except TypeError:
         pass
     if isinstance(value, float) and math.isfinite(value) and value > 0:
-        raise UnitError(
-            f"{name} {value!r} has no unit: expected {expected}; for {value:g} GiB write '{value:g}GiB'"
-        )
+        raise UnitError(f"{name} {value!r} has no unit: expected {expected}; for {value:g} GiB write '{value:g}GiB'")
     kind = type(value).__name__
     raise UnitError(f"{name} {value!r} is a {kind}: expected {expected}; write for example '8GiB'")

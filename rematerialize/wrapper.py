@@ -15,8 +15,8 @@ from torch import nn
 
 from rematerialize.capture import FlatInputs, flatten_inputs
 from rematerialize.plans import Plan
-from rematerialize.prepare import signature
 from rematerialize.runtime import TrainingStep
+from rematerialize.signature import signature
 from rematerialize.units import format_bytes, format_percent
 
 _log = logging.getLogger("rematerialize")
@@ -78,7 +78,7 @@ class RematerializedForward:
         return self._entry(inputs)[1]
 
     def _entry(self, inputs: FlatInputs) -> tuple[Plan, TrainingStep]:
-        key = (signature(self.model, inputs), parts_of(self.model))
+        key = signature(self.model, inputs)
         with self._lock:
             if key in self._steps:
                 self._steps.move_to_end(key)
@@ -114,25 +114,3 @@ class RematerializedForward:
         self._steps = OrderedDict()
         self._lock = threading.RLock()
         functools.update_wrapper(self, type(self.model).forward, updated=())
-
-
-_PLAIN_TYPES = frozenset({int, float, bool, str, type(None)})
-_TORCH_OWN = frozenset({"training", "_is_full_backward_hook"})
-
-
-def parts_of(model: nn.Module) -> Hashable:
-    """What a trace bakes in besides layouts: modules, ties, plain attributes, hooks of inner modules.
-
-    Linear in the modules: three microseconds each.
-    """
-    numbers: dict[int, int] = {}
-    parts: list[Hashable] = []
-    for module in model.modules():
-        own = vars(module)
-        parts.append(id(module))
-        parts.append(tuple([(k, v) for k, v in own.items() if type(v) in _PLAIN_TYPES and k not in _TORCH_OWN]))
-        members = (*own["_parameters"].values(), *own["_buffers"].values())
-        parts.append(tuple([numbers.setdefault(id(member), len(numbers)) for member in members]))
-        if module is not model:
-            parts.append((*own["_forward_pre_hooks"], *own["_forward_hooks"], *own["_backward_hooks"]))
-    return tuple(parts)

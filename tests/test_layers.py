@@ -29,6 +29,7 @@ LAYERS = {
     "emit": 5,
     "report/": 5,
     "runtime": 6,
+    "signature": 6,
     "prepare": 7,
     "plans": 8,
     "wrapper": 9,

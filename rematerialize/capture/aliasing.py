@@ -7,7 +7,6 @@ Aliasing is read off the storages of the fake tensors in ``meta["val"]``, never 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +84,7 @@ def is_view(node: fx.Node, aliases: Aliases) -> bool:
 
 
 def is_mutable(node: fx.Node) -> bool:
+    """Does it write to one of its arguments?"""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 
@@ -99,14 +99,10 @@ def is_random(node: fx.Node) -> bool:
     if "dropout_p" in names:
         position = names.index("dropout_p")
         given = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)
-        return given != 0.0
+        return bool(given != 0.0)
     return True
 
 
 def phase_of(node: fx.Node) -> str:
     """An op's phase is where it stands in the trace: much of the backward doesn't depend on tangents."""
     return "backward" if node.meta.get("partitioner_tag") == "is_backward" else "forward"
-
-
-def input_nodes(node: fx.Node) -> Iterator[fx.Node]:
-    yield from node.all_input_nodes

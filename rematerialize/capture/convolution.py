@@ -60,4 +60,4 @@ def _stand_in(graph: fx.Graph, node: fx.Node, gradient: Any, layer_input: Any) -
     view.meta.update({key: node.meta[key] for key in ("partitioner_tag", "seq_nr") if key in node.meta})
     with grown.fake_mode:  # type: ignore[attr-defined]
         view.meta["val"] = aten.as_strided.default(grown, like.shape, like.stride())
-    return view  # type: ignore[no-any-return]
+    return view

@@ -67,10 +67,8 @@ def _lstm_in_chunks(
         layer_weights = list(weights[layer * per_layer : (layer + 1) * per_layer])
         h, c = hx[0][layer : layer + 1], hx[1][layer : layer + 1]
         pieces = []
-        for piece in inputs.split(chunk, time_dim):
-            out, h, c = torch.lstm(
-                piece, (h, c), layer_weights, has_biases, 1, 0.0, train, bidirectional, batch_first
-            )
+        for piece in torch.split(inputs, chunk, time_dim):
+            out, h, c = torch.lstm(piece, (h, c), layer_weights, has_biases, 1, 0.0, train, bidirectional, batch_first)
             pieces.append(out)
         inputs = torch.cat(pieces, time_dim)
         if dropout > 0 and train and layer < num_layers - 1:

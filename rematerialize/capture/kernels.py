@@ -14,7 +14,6 @@ from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import (
     Aliases,
     find_aliases,
-    input_nodes,
     is_random,
     is_view,
     phase_of,
@@ -147,7 +146,7 @@ class _Builder:
                 name=node.name,
                 phase=phase_of(node),
                 calls=[(node, None)],
-                reads=self.graph.storages(list(input_nodes(node))),
+                reads=self.graph.storages(node.all_input_nodes),
                 writes=[name for _, name in self.aliases.created[node]],
                 once=node.meta.get("once", False) or (node in effects and not _is_norm(node)),
                 random=is_random(node),
@@ -185,7 +184,7 @@ class _Builder:
         name = self.graph.storage_of[argument][0]
         if not fits_over(node, form, self.graph.size_bytes[name]):
             return ""
-        others = [other for other in input_nodes(node) if other is not argument]
+        others = [other for other in node.all_input_nodes if other is not argument]
         if any(name in self.graph.storage_of[other] for other in others) and not reads_elsewhere(node):
             return ""
         values = [value for value in (*node.args, *node.kwargs.values()) if value is argument]
@@ -195,9 +194,7 @@ class _Builder:
         """The follower moves up to its maker if its other inputs are ready there, else only from next door."""
         at = self.index[maker.name]
         others = [read for read in kernel.reads if read != name]
-        ready = all(
-            read not in self.producer or self.index[self.producer[read].name] < at for read in others
-        )
+        ready = all(read not in self.producer or self.index[self.producer[read].name] < at for read in others)
         adjacent = all(self.graph.kernels[i] is None for i in range(at + 1, position))
         if kernel.random and any(k is not None and k.random for k in self.graph.kernels[at + 1 : position]):
             return False
@@ -306,9 +303,7 @@ class _Builder:
                 self.graph.size_bytes[state] = _RNG_STATE_BYTES.get(device.type, 16)
                 self.graph.size_bytes[drawn] = 0
                 after = [previous] if previous else []
-                ordered.append(
-                    Kernel(state, "forward", [], after, [state], once=True, rng_device=str(device))
-                )
+                ordered.append(Kernel(state, "forward", [], after, [state], once=True, rng_device=str(device)))
                 kernel.rng_device = str(device)
                 kernel.reads.append(state)
                 kernel.writes.append(drawn)

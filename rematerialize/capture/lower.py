@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from rematerialize.capture.kernels import Kernel, KernelGraph
 from rematerialize.ir import Op, TrainingGraph
@@ -75,7 +76,8 @@ def _correct_sizes(kernel: Kernel, cost: KernelCost, sizes: dict[str, int]) -> N
 
 
 def _op(kernel: Kernel, cost: KernelCost) -> Op:
-    target = " ".join(str(node.target) for node, _ in kernel.calls) or ("rng_state" if kernel.rng_device else "autograd")
+    without_calls = "rng_state" if kernel.rng_device else "autograd"
+    target = " ".join(_target_name(node.target) for node, _ in kernel.calls) or without_calls
     source = kernel.head.meta.get("source", "") if kernel.calls else ""
     return Op(
         name=kernel.name,
@@ -88,3 +90,8 @@ def _op(kernel: Kernel, cost: KernelCost) -> Op:
         target=target,
         source=source,
     )
+
+
+def _target_name(target: Any) -> str:
+    """A name that is the same in every process: an ATen op's, or one of our functions'."""
+    return getattr(target, "__name__", str(target)) if not hasattr(target, "_schema") else str(target)

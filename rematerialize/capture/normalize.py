@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from rematerialize import torch_private as private
-from rematerialize.capture.aliasing import Aliases, find_aliases, input_nodes, is_random, is_view, phase_of
+from rematerialize.capture.aliasing import find_aliases, is_random, is_view, phase_of
 from rematerialize.capture.convolution import split_convolution_backwards
 from rematerialize.capture.random import fill_in_eager_layout
 from rematerialize.capture.scatter import write_through_scatters
@@ -114,7 +114,7 @@ def _mixed_precision_statistics(graph: fx.Graph) -> None:
         node.meta["val"] = tuple(value)
         for user in node.users:
             if user.target is private.getitem and user.args[1] in (1, 2):
-                user.meta["val"] = value[user.args[1]]  # type: ignore[index]
+                user.meta["val"] = value[user.args[1]]
 
 
 def _statistics_in_place(
@@ -148,8 +148,7 @@ def _statistics_in_place(
 def _only_statistics(item: fx.Node) -> bool:
     """Used by nothing but the batch norm's own backward, which in training doesn't read it."""
     return all(
-        user.op == "output"
-        or (user.target is aten.native_batch_norm_backward.default and user.args[7] is True)
+        user.op == "output" or (user.target is aten.native_batch_norm_backward.default and user.args[7] is True)
         for user in item.users
     )
 
@@ -164,7 +163,7 @@ def _keep_old_values(joint: private.JointTrace, mutated: list[fx.Node]) -> None:
         name
         for node in graph.nodes
         if node.op == "call_function" and phase_of(node) == "backward" and not is_view(node, aliases)
-        for source in input_nodes(node)
+        for source in node.all_input_nodes
         for name in aliases.of[source]
     }
     for primal in mutated:
@@ -176,7 +175,11 @@ def _keep_old_values(joint: private.JointTrace, mutated: list[fx.Node]) -> None:
         with value.fake_mode:
             clone.meta["val"] = torch.empty_like(value)
         clone.meta["once"] = True
-        primal.replace_all_uses_with(clone, delete_user_cb=lambda user, own=clone: user is not own)
+        _replace_uses(primal, clone)
+
+
+def _replace_uses(primal: fx.Node, clone: fx.Node) -> None:
+    primal.replace_all_uses_with(clone, delete_user_cb=lambda user: user is not clone)
 
 
 def _last_placeholder(graph: fx.Graph) -> fx.Node:
@@ -259,7 +262,3 @@ def _drop_dead(normal: NormalGraph) -> None:
             needed.update(node.all_input_nodes)
         elif node.op != "placeholder":
             joint.graph.erase_node(node)
-
-
-def storages(normal: NormalGraph) -> Aliases:
-    return find_aliases(normal.joint.graph)

@@ -47,7 +47,7 @@ def fill_in_eager_layout(graph: fx.Graph) -> None:
         if node.op != "call_function":
             continue
         if node.target is aten.bernoulli.p and not node.kwargs and _is_fresh(node.args[0]):
-            source = node.args[0].meta["val"]  # type: ignore[union-attr]
+            source = node.args[0].meta["val"]
             node.target = bernoulli_as
             if source.stride() != node.meta["val"].stride():
                 node.meta["val"] = _computed(node)

@@ -7,7 +7,8 @@ in-place form.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -112,12 +113,12 @@ def reads_elsewhere(node: fx.Node) -> bool:
     """
     if node.target is not write_through:
         return False
-    base, source, path = node.args
+    base, source, path = cast("tuple[fx.Node, Any, Path]", node.args)
     written: dict[int, tuple[int, int]] = {}
-    for name, *arguments in path:  # type: ignore[union-attr, misc]
+    for name, *arguments in path:
         if name != str(aten.slice.Tensor):
             return False
-        dim, start, end, step = (*arguments, *(0, None, None, 1)[len(arguments) :])
+        dim, start, end, step = _slice_arguments(arguments)
         if step != 1 or dim in written:
             return False
         written[dim] = _range(base, dim, start, end)
@@ -126,14 +127,20 @@ def reads_elsewhere(node: fx.Node) -> bool:
     while isinstance(current, fx.Node) and current is not base:
         if current.target is not aten.slice.Tensor or current.kwargs:
             return False
-        dim, start, end, step = (*current.args[1:], *(0, None, None, 1)[len(current.args) - 1 :])
+        dim, start, end, step = _slice_arguments(current.args[1:])
         if step != 1 or dim in read:
             return False
         read[dim] = _range(base, dim, start, end)
-        current = current.args[0]  # type: ignore[assignment]
+        current = current.args[0]
     return current is base and any(
         dim in read and (read[dim][1] <= low or high <= read[dim][0]) for dim, (low, high) in written.items()
     )
+
+
+def _slice_arguments(given: Sequence[Any]) -> tuple[int, int | None, int | None, int]:
+    defaults: list[Any] = [0, None, None, 1]
+    dim, start, end, step = [*given, *defaults[len(given) :]]
+    return dim, start, end, step
 
 
 def _range(base: Any, dim: int, start: int | None, end: int | None) -> tuple[int, int]:

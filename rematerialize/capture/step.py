@@ -259,7 +259,7 @@ class _swapped:
         for owner, attribute, index in self.homes:
             for table in (owner._parameters, owner._buffers, vars(owner)):
                 if attribute in table:
-                    self.saved.append((table, attribute, table[attribute]))  # type: ignore[arg-type]
+                    self.saved.append((table, attribute, table[attribute]))
                     table[attribute] = self.flat[index]  # type: ignore[assignment]
                     break
 

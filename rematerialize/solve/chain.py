@@ -106,10 +106,7 @@ class ChainTables:
             for high in range(low, self.count):
                 base = self.parts.base_bytes[high]
                 need = np.array(
-                    [
-                        self._round(max(o.forward_peak_bytes + base, o.backward_peak_bytes))
-                        for o in segment.options
-                    ]
+                    [self._round(max(o.forward_peak_bytes + base, o.backward_peak_bytes)) for o in segment.options]
                 )[:, None]
                 time_s = np.array([o.time_s for o in segment.options])[:, None]
                 above = self.cost[low + 1, high] if high > low else np.zeros(self.slots + 1)

@@ -219,9 +219,7 @@ class Planner:
         result = simulate(self.graph, forward, backward)
         assert result.peak_bytes == point.peak_bytes, "the solvers' memory model disagrees with the judge"
         least = self._archive[0].peak_bytes if self._archive else point.peak_bytes
-        return Schedule(
-            forward, backward, budget_bytes, point.solver, result.peak_bytes, result.time_s, least
-        )
+        return Schedule(forward, backward, budget_bytes, point.solver, result.peak_bytes, result.time_s, least)
 
 
 def _by_peak(point: _Point) -> tuple[int, float, int]:

@@ -148,12 +148,7 @@ class Segmentation:
 
     def _crossing(self, cut: int) -> frozenset[int]:
         step = self.step
-        return frozenset(
-            value
-            for op in range(cut)
-            for value in step.outputs[op]
-            if self.reach[value] >= cut
-        )
+        return frozenset(value for op in range(cut) for value in step.outputs[op] if self.reach[value] >= cut)
 
     def _cuts(self, limit: int) -> list[int]:
         """Return cut positions: in each of ``limit`` windows the one that the fewest bytes cross."""
