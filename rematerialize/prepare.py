@@ -139,7 +139,7 @@ def _prepare(
 ) -> PreparedStep:
     start = time.perf_counter()
     captured = capture(model, forward, inputs, split_recurrences=split_recurrences)
-    kernels = group_kernels(normalize(captured.joint))
+    kernels = _group(captured)
     captured_at = time.perf_counter()
     graph = lower(kernels, shared_costs()(kernels.kernels))
     costed_at = time.perf_counter()
@@ -162,6 +162,18 @@ def _prepare(
         model=model,
         key=signature(model, inputs),
     )
+
+
+def _group(captured: CapturedStep) -> KernelGraph:
+    """Normalize and group; what neither knows (sparse gradients, generators of one's own) is refused."""
+    try:
+        return group_kernels(normalize(captured.joint))
+    except (NotImplementedError, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise CaptureError(
+            f"the step holds a value that can't be planned ({type(error).__name__}: {text[:200]}): sparse tensors and "
+            "torch.Generator arguments are not supported; leave them out of the wrapped module"
+        ) from error
 
 
 def _storage_bytes(tensors: list[Tensor]) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rematerialize import torch_private as private
 from rematerialize.capture.decompose import splitting_recurrences
+from rematerialize.capture.purity import unchanged_python
 from rematerialize.errors import CaptureError
 
 _PLAIN_TYPES = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -106,7 +107,7 @@ def tensor_slots(model: nn.Module) -> tuple[TensorSlot, ...]:
         groups = (
             ("parameter", module._parameters),
             ("buffer", module._buffers),
-            ("attribute", {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}),
+            ("attribute", {k: v for k, v in vars(module).items() if isinstance(v, Tensor) and v.grad_fn is None}),
         )
         for kind, members in groups:
             for attribute, value in members.items():
@@ -193,7 +194,9 @@ class _Recorder:
         self.in_backward = False
         args, kwargs = self.inputs.rebuild(flat[len(self.slots) :])
         with _swapped(self.homes, flat), self.recurrences:
-            output = self.forward(*args, **kwargs)
+            # Inside the swap: attributes are compared with the values that the swap put there.
+            with unchanged_python(self.model):
+                output = self.forward(*args, **kwargs)
             self._refuse_reassigned(flat)
         leaves, spec = private.tree_flatten(output)
         tensors: list[Tensor] = []

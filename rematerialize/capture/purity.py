@@ -1,0 +1,113 @@
+"""Python state around a trace: put back what the forward changes, refuse what a planned step can't repeat.
+
+A planned step runs the recorded tensor operations, not the forward's Python. Caches that the forward fills are
+harmless: they are put back, and what they hold is part of the step. Counters, Python's own random numbers, and
+losses left on an attribute would silently be missed: they are refused.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from rematerialize.errors import CaptureError
+
+_PLAIN = (int, float, bool, str, complex)
+_CONTAINERS = (list, dict, set)
+
+
+class unchanged_python:
+    """A context for one call of a forward: on exit everything is as it was, or a CaptureError says what isn't."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.named_modules())
+
+    def __enter__(self) -> None:
+        self.attributes = [dict(vars(module)) for _, module in self.modules]
+        self.contents = [
+            {name: value.copy() for name, value in own.items() if isinstance(value, _CONTAINERS)}
+            for own in self.attributes
+        ]
+        self.random = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self.numpy = numpy.random.get_state() if numpy is not None else None
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        found = self._restore_generators()
+        for (prefix, module), own, contents in zip(self.modules, self.attributes, self.contents, strict=True):
+            found += [f"{prefix}.{name}".lstrip(".") for name in _restore(module, own, contents)]
+        if found and kind is None:
+            raise CaptureError(
+                f"the forward changes {', '.join(found[:3])}, which a planned step can't repeat: make a counter a "
+                "buffer (register_buffer), return a loss instead of leaving it on the module, draw random numbers "
+                "with torch"
+            )
+
+    def _restore_generators(self) -> list[str]:
+        found = []
+        if random.getstate() != self.random:
+            random.setstate(self.random)
+            found.append("the state of Python's random module")
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and self.numpy is not None:
+            now = numpy.random.get_state()
+            if now[2:] != self.numpy[2:] or bool((now[1] != self.numpy[1]).any()):
+                numpy.random.set_state(self.numpy)
+                found.append("the state of numpy's random module")
+        return found
+
+
+def _restore(module: nn.Module, own: dict[str, Any], contents: dict[str, Any]) -> list[str]:
+    """Put a module's attributes back; returns the names of those that must not change.
+
+    A weight with a ``_orig`` parameter is computed from it at each call (spectral_norm, prune).
+    """
+    table = vars(module)
+    found = []
+    for name in list(table):
+        before, now = own.get(name), table[name]
+        if name not in own or before is not now:
+            if _matters(before, now) and f"{name}_orig" not in module._parameters:
+                found.append(name)
+            if name in own:
+                table[name] = before
+            else:
+                del table[name]
+    table.update({name: value for name, value in own.items() if name not in table})
+    for name, copy in contents.items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            continue
+        if _grew_losses(own[name], copy):
+            found.append(name)
+        _refill(own[name], copy)
+    return found
+
+
+def _matters(before: Any, now: Any) -> bool:
+    if isinstance(now, _PLAIN):
+        return isinstance(before, _PLAIN) and before != now
+    derived = isinstance(before, Tensor) and before.grad_fn is not None  # weight_norm's weight, computed each call
+    return isinstance(now, Tensor) and now.requires_grad and not derived
+
+
+def _grew_losses(container: Any, before: Any) -> bool:
+    values = list(container.values()) if isinstance(container, dict) else list(container)
+    known = {id(value) for value in (before.values() if isinstance(before, dict) else before)}
+    return any(isinstance(v, Tensor) and v.requires_grad and id(v) not in known for v in values)
+
+
+def _refill(container: Any, before: Any) -> None:
+    same = len(container) == len(before)
+    if same and isinstance(container, dict):
+        same = all(key in before and before[key] is value for key, value in container.items())
+    elif same and isinstance(container, list):
+        same = all(a is b for a, b in zip(container, before, strict=True))
+    if not same:
+        container.clear()
+        if isinstance(container, list):
+            container.extend(before)
+        else:
+            container.update(before)
