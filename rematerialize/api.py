@@ -216,21 +216,32 @@ class _planned:
         self.given = given
         self.solver = solver
         self.time_limit_s = time_limit_s
+        self.prepared = None if given is None else given.prepared
+        self.held_then = 0
+
+    def held_bytes(self, model: nn.Module, inputs: FlatInputs) -> int:
+        """Gradients in memory count under a budget; an activation budget is for what the step adds to them."""
+        if self.request.budget is None:
+            return 0
+        leaves = [tensor for tensor in (*model.parameters(), *inputs.tensors) if tensor.is_leaf]
+        return sum(leaf.grad.untyped_storage().nbytes() for leaf in leaves if leaf.grad is not None)
 
     def __call__(self, model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs) -> tuple[Plan, TrainingStep]:
-        prepared = self.given.prepared if self.given is not None else None
+        prepared, held = self.prepared, self.held_bytes(model, inputs)
         if prepared is None or prepared.model is not model or prepared.key != signature(model, inputs):
             prepared = prepare(model, forward, inputs, solver=self.solver, time_limit_s=self.time_limit_s)
+            self.prepared, self.held_then = prepared, held
         if self.given is not None:
             return self.given, matching_variant(prepared, self.given.graph).build(self.given.schedule)
-        made = choose(model, prepared, self.request)
+        resident = prepared.resident_bytes + held - self.held_then
+        made = choose(model, replace(prepared, resident_bytes=resident), self.request)
         assert made.prepared is not None
         return made, made.prepared.build(made.schedule)
 
     def __getstate__(self) -> dict[str, Any]:
         """A prepared step holds code for this process: a copy captures again."""
         given = None if self.given is None else replace(self.given, prepared=None)
-        return {**vars(self), "given": given}
+        return {**vars(self), "given": given, "prepared": None}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

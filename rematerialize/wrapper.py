@@ -8,7 +8,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,7 +21,16 @@ from rematerialize.units import format_bytes, format_percent
 
 _log = logging.getLogger("rematerialize")
 
-PlanSignature = Callable[[nn.Module, Callable[..., Any], FlatInputs], tuple[Plan, TrainingStep]]
+
+class PlanSignature(Protocol):
+    """Makes the plan and the step for one input signature."""
+
+    def held_bytes(self, model: nn.Module, inputs: FlatInputs) -> int:
+        """Bytes of gradients in memory that the plan must leave room for: they are part of the signature."""
+
+    def __call__(
+        self, model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs
+    ) -> tuple[Plan, TrainingStep]: ...
 
 
 class RematerializedForward:
@@ -30,8 +39,7 @@ class RematerializedForward:
     Parameters
     ----------
     model : nn.Module
-    plan_signature : callable
-        Makes the plan and the step for one input signature.
+    plan_signature : PlanSignature
     max_plans : int
         How many signatures to keep.
     """
@@ -78,7 +86,7 @@ class RematerializedForward:
         return self._entry(inputs)[1]
 
     def _entry(self, inputs: FlatInputs) -> tuple[Plan, TrainingStep]:
-        key = signature(self.model, inputs)
+        key = (signature(self.model, inputs), self.plan_signature.held_bytes(self.model, inputs))
         with self._lock:
             if key in self._steps:
                 self._steps.move_to_end(key)
