@@ -167,8 +167,11 @@ def _prepare(
 def _group(captured: CapturedStep) -> KernelGraph:
     """Normalize and group; what neither knows (sparse gradients, generators of one's own) is refused."""
     try:
+        for node in captured.joint.graph.nodes:
+            if node.op == "get_attr" and "val" not in node.meta:
+                raise NotImplementedError(f"an object held by the model, {node.target}")
         return group_kernels(normalize(captured.joint))
-    except (NotImplementedError, KeyError) as error:
+    except NotImplementedError as error:
         text = " ".join(str(error).split())
         raise CaptureError(
             f"the step holds a value that can't be planned ({type(error).__name__}: {text[:200]}): sparse tensors and "

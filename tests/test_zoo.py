@@ -35,6 +35,9 @@ SEED = 5
 PEAK_TOLERANCE = 0.01  # of the measured peak, plus the next line
 PEAK_SLACK_BYTES = 64 * 1024
 ROUNDING = 1e-6  # relative to the largest magnitude of eager's tensor
+# Eager's fused LSTM sums 1,600 terms of a bias gradient one after the other and is itself 0.9e-6 to 1.2e-6 away from
+# float64; split over time the same sums are 0.3e-6 to 0.4e-6 away from it, so the two can't be within 1e-6.
+ROUNDING_OF = {"lstm": 2e-6}
 AUTOCAST = ("gpt", "resnet50")
 
 # Models whose captured graph rounds otherwise than eager, and why.
@@ -116,7 +119,7 @@ def broken_promises(case: Case, budget: str) -> Iterator[str]:
     subject = subject_of(case)
     plan = _plan_within(subject.planned, budget)
     stepper = subject.stepper(plan)
-    yield from _step_promises(subject, stepper)
+    yield from _step_promises(subject, plan, stepper)
     yield from _peak_promises(case, plan, stepper)
 
 
@@ -128,17 +131,27 @@ def _plan_within(planned: Ours, budget: str) -> remat.Plan:
         return planned.plan(error.minimum_bytes)
 
 
-def _step_promises(subject: Subject, stepper: Stepper) -> Iterator[str]:
+def _store_all_of(subject: Subject, plan: remat.Plan) -> StepResult:
+    """Return the step that stores everything on the plan's own graph (an LSTM has a whole and a split one)."""
+    if plan.graph is subject.planned.store_all.graph:
+        return subject.store_all
+    assert plan.prepared is not None
+    schedule = plan.prepared.planner.store_all()
+    stepper = subject.stepper(replace(plan, schedule=schedule, budget_bytes=schedule.peak_bytes))
+    return run_step(stepper, seed=SEED, buffers=subject.start)
+
+
+def _step_promises(subject: Subject, plan: remat.Plan, stepper: Stepper) -> Iterator[str]:
     step = run_step(stepper, seed=SEED, buffers=subject.start)
     against_eager = compare_steps(subject.eager, step)
     if subject.case.name not in ROUNDS_OTHERWISE:
         if not against_eager.exact:
             yield f"against eager: {against_eager.describe()}"
         return
-    against_store_all = compare_steps(subject.store_all, step)
+    against_store_all = compare_steps(_store_all_of(subject, plan), step)
     if not against_store_all.exact:
         yield f"against our store-all: {against_store_all.describe()}"
-    if not against_eager.within(ROUNDING):
+    if not against_eager.within(ROUNDING_OF.get(subject.case.name, ROUNDING)):
         yield f"against eager, beyond rounding: {against_eager.describe()}"
 
 
