@@ -15,10 +15,9 @@ from torch import Tensor, fx, nn
 from benchmarks.harness import measure_peak
 from rematerialize.capture.inplace import call_in_place
 from rematerialize.prepare import PreparedStep, bind_inputs, prepare
-from rematerialize.runtime import TrainingStep
 from rematerialize.schedule import Schedule
 from rematerialize.simulate import simulate
-from tests.twins import SEED, assert_same_step, gradients_of, same, step_of
+from tests.twins import SEED, assert_same_step, gradients_of, run_by, same, step_of
 from tests.zoo_small import SMALL, Loss, Small, rows
 
 PEAK_SLACK_BYTES = 64 * 1024
@@ -56,16 +55,6 @@ def recomputing(prepared: PreparedStep, names: list[str]) -> Schedule:
     """Store-all, but what is named is computed again when the backward starts."""
     stored = prepared.planner.store_all()
     return changed(prepared, list(stored.forward), [*names, *stored.backward])
-
-
-def run_by(model: nn.Module, step: TrainingStep) -> nn.Module:
-    """The model with one emitted step for a forward."""
-
-    def forward(*args: Any) -> Any:
-        return step([*(slot.read() for slot in step.captured.slots), *args])
-
-    model.forward = forward  # type: ignore[method-assign]
-    return model
 
 
 def calls(module: fx.GraphModule) -> Counter[str]:

@@ -15,6 +15,7 @@ import rematerialize as remat
 from rematerialize.api import choose
 from rematerialize.budget import read_budget
 from rematerialize.prepare import bind_inputs, prepare
+from rematerialize.runtime import TrainingStep
 from rematerialize.wrapper import RematerializedForward
 
 SEED = 11
@@ -30,6 +31,16 @@ def at_minimum(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
 
 def store_all(model: nn.Module) -> nn.Module:
     return remat.wrap(model, activation_budget="100%")
+
+
+def run_by(model: nn.Module, step: TrainingStep) -> nn.Module:
+    """The model with one emitted step for a forward."""
+
+    def forward(*args: Any) -> Any:
+        return step([*(slot.read() for slot in step.captured.slots), *args])
+
+    model.forward = forward  # type: ignore[method-assign]
+    return model
 
 
 def planner_of(model: nn.Module) -> RematerializedForward:
