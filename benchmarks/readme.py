@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import Cell, Comparison, ModelResult
 from rematerialize.report.table import markdown_table
 from rematerialize.units import format_bytes, format_percent, format_seconds
 
@@ -68,7 +69,43 @@ def _demo_row(cell: dict[str, Any]) -> list[str]:
     ]
 
 
-PARTS: dict[str, Callable[[], str]] = {"demo": demo}
+def peers() -> str:
+    """Return the comparison's short table: us, hand-placed checkpointing and torch's own budget."""
+    comparison = Comparison.load(RESULTS / "bench.json")
+    headers = ["model", "ours 100%", "ours 50%", "ours minimum", "per block", "same peak", "torch's budget at best"]
+    rows = [_peers_row(result) for result in comparison.results]
+    note = (
+        f"`{comparison.command}`, {comparison.device}, {comparison.threads} thread(s), torch "
+        f"{comparison.versions['torch']}. Each cell: measured peak / eager's, step time / eager's, medians of one\n"
+        "interleaved run. *Per block* is `torch.utils.checkpoint` placed by hand; *same peak* is our time over its\n"
+        "time with a plan for its peak. *torch's budget* is the lowest peak that `activation_memory_budget` reaches\n"
+        "at 0.5, 0.2, 0.1 or 0. ~~Struck~~ cells ran, but not eager's step: wrong gradients or BatchNorm updated\n"
+        "twice. Every cell, with noise and reasons: [benchmarks/results/bench.md](benchmarks/results/bench.md)."
+    )
+    return f"{markdown_table(headers, rows, '<' + '>' * (len(headers) - 1))}\n\n{note}\n"
+
+
+def _peers_row(result: ModelResult) -> list[str]:
+    cells = {cell.contestant: cell for cell in result.cells}
+    torch_cells = [c for c in result.cells if c.contestant.startswith("torch ") and c.peak_ratio is not None]
+    best = min(torch_cells, key=lambda cell: cell.peak_ratio or 0.0, default=None)
+    ratios = [v.ratio for v in result.verdicts() if v.peer == "per block" and v.ratio is not None]
+    return [
+        result.model,
+        *(_peers_cell(cells.get(name)) for name in ("ours 100%", "ours 50%", "ours minimum", "per block")),
+        f"{ratios[0]:.2f}" if ratios else "-",
+        _peers_cell(best),
+    ]
+
+
+def _peers_cell(cell: Cell | None) -> str:
+    if cell is None or cell.peak_ratio is None or cell.time_ratio is None:
+        return "-" if cell is None else cell.status
+    text = f"{cell.peak_ratio:.2f}, {cell.time_ratio:.2f}"
+    return text if cell.status == "ok" else f"~~{text}~~"
+
+
+PARTS: dict[str, Callable[[], str]] = {"demo": demo, "peers": peers}
 
 
 def rewritten(text: str) -> str:

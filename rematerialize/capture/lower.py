@@ -10,6 +10,9 @@ from rematerialize.capture.kernels import Kernel, KernelGraph
 from rematerialize.ir import Op, TrainingGraph
 
 
+_CUDA_BLOCK = 512  # bytes: the caching allocator rounds every block up to a multiple
+
+
 @dataclass(frozen=True, slots=True)
 class KernelCost:
     """What one run of a kernel costs.
@@ -50,6 +53,7 @@ def lower(graph: KernelGraph, costs: Mapping[str, KernelCost]) -> TrainingGraph:
         _correct_sizes(kernel, cost, sizes)
         ops.append(_op(kernel, cost))
     joint = graph.normal.joint
+    block = _CUDA_BLOCK if any(n.meta["val"].device.type == "cuda" for n in joint.primals) else 1
     fixed = [n for n in joint.graph.nodes if n.op in ("placeholder", "get_attr")]
     tangents = graph.storages([node for node, _ in joint.tangents])
     resident = frozenset(name for name in graph.storages(fixed) if name not in tangents)
@@ -58,7 +62,7 @@ def lower(graph: KernelGraph, costs: Mapping[str, KernelCost]) -> TrainingGraph:
     mentioned = {name for op in ops for name in (*op.inputs, *op.outputs)} | resident | set(tangents)
     training = TrainingGraph(
         ops=tuple(ops),
-        storages={name: size for name, size in sizes.items() if name in mentioned},
+        storages={name: -(-size // block) * block for name, size in sizes.items() if name in mentioned},
         resident=resident,
         tangents=tuple(tangents),
         outputs=tuple(name for name in (*outputs, *graph.tokens_out) if name not in resident),
