@@ -9,7 +9,6 @@ from typing import Any
 from rematerialize.capture.kernels import Kernel, KernelGraph
 from rematerialize.ir import Op, TrainingGraph
 
-
 _CUDA_BLOCK = 512  # bytes: the caching allocator rounds every block up to a multiple
 
 
