@@ -31,6 +31,9 @@ _FACTORIES = frozenset(
 )
 
 
+_NEEDS_LAYOUT = frozenset({aten.view.default, aten._unsafe_view.default})
+
+
 def bernoulli_as(like: Tensor, p: float) -> Tensor:
     """Bernoulli draws in the layout of ``like``, consumed in the order in which ``bernoulli_`` consumes them."""
     fresh = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
@@ -68,6 +71,12 @@ def _computed(node: fx.Node) -> Any:
     kwargs = fx.node.map_arg(node.kwargs, lambda source: source.meta["val"])
     mode = next(source.meta["val"] for source in node.all_input_nodes if hasattr(source.meta["val"], "fake_mode"))
     with mode.fake_mode:
+        if node.target in _NEEDS_LAYOUT:
+            # Traced for another layout; reshape copies where eager's own reshape would have copied.
+            try:
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+            except (RuntimeError, ValueError):
+                node.target = aten.reshape.default
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

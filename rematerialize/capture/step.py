@@ -286,6 +286,11 @@ def _explain(error: Exception, recorder: _Recorder) -> CaptureError:
             f"only at run time: {text[:120]}): rewrite it with tensor operations such as torch.where, or move it "
             "out of the wrapped module"
         )
+    if "convert all Tensors to FakeTensors" in text or "Unexpected fake" in text:
+        return CaptureError(
+            f"the forward uses a tensor that is neither a parameter, a buffer, an attribute of a module nor an input"
+            f"{place}: keep it with register_buffer, or pass it as an argument"
+        )
     stage = "backward" if recorder.in_backward else "forward"
     return CaptureError(f"the model's {stage} raised {name}{place} during capture: {text[:300]}")
 
