@@ -298,12 +298,11 @@ ARRANGED: dict[str, Callable[[Tensor], Tensor]] = {
     "channels last": lambda y: y.reshape(4, 2, 8, 32).contiguous(memory_format=torch.channels_last),
     "double": Tensor.double,
 }
-BROKEN = {"channels last": "a view of the traced layout can't be taken of eager's (capture/random.py)"}
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.xfail(reason=BROKEN[n])) if n in BROKEN else n for n in ARRANGED],
+    ARRANGED,
 )
 def test_a_dropout_mask_falls_on_the_elements_on_which_it_falls_in_eager(name: str) -> None:
     eager, ours = twins(lambda: DropsOut(ARRANGED[name]))

@@ -74,7 +74,7 @@ def _computed(node: fx.Node) -> Any:
         if node.target in _NEEDS_LAYOUT:
             # Traced for another layout; reshape copies where eager's own reshape would have copied.
             try:
-                return node.target(*args, **kwargs)  # type: ignore[operator]
+                return node.target(*args, **kwargs)
             except (RuntimeError, ValueError):
                 node.target = aten.reshape.default
         return node.target(*args, **kwargs)  # type: ignore[operator]
