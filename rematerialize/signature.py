@@ -12,16 +12,43 @@ from rematerialize.capture import FlatInputs
 
 
 def signature(model: nn.Module, inputs: FlatInputs) -> Hashable:
-    """Everything that a trace takes for granted: layouts, gradients, modes, precision settings."""
-    modules = tuple(model.modules())
+    """Everything that a trace takes for granted: layouts, gradients, modes, parts, precision settings.
+
+    Computed at every call: linear in the modules and tensors, a few microseconds each.
+    """
+    numbers: dict[int, int] = {}
     tensors: list[Tensor] = list(inputs.tensors)
-    for module in modules:
-        tensors.extend(p for p in module._parameters.values() if p is not None)
-        tensors.extend(b for b in module._buffers.values() if b is not None)
-    layouts = tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
-    constants = tuple(_hashable(leaf) for leaf in inputs.leaves)
-    training = tuple(module.training for module in modules)
-    return (inputs.spec, constants, layouts, training, _modes(tensors), _parts(model))
+    parts = [_part(module, module is model, numbers, tensors) for module in _modules(model)]
+    layouts = [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
+    constants = [_hashable(leaf) for leaf in inputs.leaves]
+    return (inputs.spec, tuple(constants), tuple(layouts), tuple(parts), _modes())
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of a tree, shared ones once; ``Module.modules`` also builds every name."""
+    found = {id(model): model}
+    todo = [model]
+    for module in todo:
+        for child in module._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                todo.append(child)
+    return todo
+
+
+_PLAIN_TYPES = frozenset({int, float, bool, str, type(None)})
+_TORCH_OWN = frozenset(vars(nn.Module()))
+
+
+def _part(module: nn.Module, outer: bool, numbers: dict[int, int], tensors: list[Tensor]) -> Hashable:
+    """What a trace bakes in of one module: itself, its mode, plain attributes, ties, hooks of inner modules."""
+    own = vars(module)
+    members = [t for t in (*own["_parameters"].values(), *own["_buffers"].values()) if t is not None]
+    tensors.extend(members)
+    ties = tuple([numbers.setdefault(id(member), len(numbers)) for member in members])
+    plain = tuple([(k, v) for k, v in own.items() if k not in _TORCH_OWN and type(v) in _PLAIN_TYPES])
+    hooks = () if outer else (*own["_forward_pre_hooks"], *own["_forward_hooks"], *own["_backward_hooks"])
+    return (id(module), own["training"], plain, ties, hooks)
 
 
 def _hashable(leaf: Any) -> Hashable:
@@ -32,36 +59,13 @@ def _hashable(leaf: Any) -> Hashable:
     return (type(leaf), leaf)
 
 
-def _modes(tensors: list[Tensor]) -> Hashable:
-    devices = sorted({tensor.device.type for tensor in tensors})
-    autocast = tuple(
-        (device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device)
-    )
+def _modes() -> Hashable:
+    autocast = [
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    ]
     return (
-        autocast,
+        tuple(autocast),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
     )
-
-
-_PLAIN_TYPES = frozenset({int, float, bool, str, type(None)})
-_TORCH_OWN = frozenset({"training", "_is_full_backward_hook"})
-
-
-def _parts(model: nn.Module) -> Hashable:
-    """What a trace bakes in besides layouts: modules, ties, plain attributes, hooks of inner modules.
-
-    Linear in the modules: three microseconds each.
-    """
-    numbers: dict[int, int] = {}
-    parts: list[Hashable] = []
-    for module in model.modules():
-        own = vars(module)
-        parts.append(id(module))
-        parts.append(tuple([(k, v) for k, v in own.items() if type(v) in _PLAIN_TYPES and k not in _TORCH_OWN]))
-        members = (*own["_parameters"].values(), *own["_buffers"].values())
-        parts.append(tuple([numbers.setdefault(id(member), len(numbers)) for member in members]))
-        if module is not model:
-            parts.append((*own["_forward_pre_hooks"], *own["_forward_hooks"], *own["_backward_hooks"]))
-    return tuple(parts)
