@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,7 @@ from rematerialize.prepare import PreparedStep, bind_inputs, prepare
 from tests.twins import assert_same_step, at_minimum, run_by, step_of, twins
 from tests.zoo_small import LSTM, SMALL, Loss, images, rows
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums that threads split have an order of their own: one thread for both sides."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_costs")
 
 
 def prepared(model: nn.Module, *inputs: Any) -> PreparedStep:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,16 +19,9 @@ from rematerialize.simulate import simulate
 from tests.twins import SEED, assert_same_step, gradients_of, run_by, same, step_of
 from tests.zoo_small import SMALL, Loss, Small, rows
 
+pytestmark = pytest.mark.usefixtures("quick_costs")
+
 PEAK_SLACK_BYTES = 64 * 1024
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums that threads split have an order of their own: one thread for both sides."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def prepared_twin(small: Small) -> tuple[nn.Module, nn.Module, PreparedStep]:

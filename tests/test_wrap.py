@@ -33,6 +33,8 @@ from tests.twins import (
     twins,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_costs")
+
 
 class MLP(nn.Module):
     """Four blocks with dropout and a batch norm."""

@@ -28,6 +28,8 @@ from tests.twins import (
     twins,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_costs")
+
 
 class MLP(nn.Module):
     """Four blocks with dropout; ends in a tanh, whose backward reads the output."""

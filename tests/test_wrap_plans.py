@@ -16,6 +16,8 @@ import rematerialize as remat
 from rematerialize import budget as budget_module
 from tests.twins import assert_same_step, plans_of, step_of, store_all, twins
 
+pytestmark = pytest.mark.usefixtures("quick_costs")
+
 
 class MLP(nn.Module):
     """Four blocks with dropout and a batch norm; ends in the loss."""

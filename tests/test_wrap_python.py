@@ -19,6 +19,8 @@ from torch.nn.utils import prune
 import rematerialize as remat
 from tests.twins import assert_same_step, at_minimum, plans_of, step_of, store_all, twins
 
+pytestmark = pytest.mark.usefixtures("quick_costs")
+
 
 class Linear(nn.Module):
     def __init__(self) -> None:
