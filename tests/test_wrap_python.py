@@ -258,7 +258,6 @@ class CachesGlobally(Linear):
         return (self.linear(x) @ shared_mask(16)).tanh()
 
 
-@pytest.mark.xfail(reason="what a trace leaves in a functools.lru_cache stays there (capture/purity.py)")
 def test_a_cache_outside_of_the_module_is_not_left_with_a_tensor_of_the_trace() -> None:
     shared_mask.cache_clear()
     eager, ours = twins(CachesGlobally)

@@ -7,6 +7,8 @@ losses left on an attribute would silently be missed: they are refused.
 
 from __future__ import annotations
 
+import functools
+import gc
 import random
 import sys
 from typing import Any
@@ -15,15 +17,44 @@ from torch import Tensor, nn
 
 from rematerialize.errors import CaptureError
 
+_LIBRARIES = ("torch", "sympy", "numpy", "rematerialize")
 _PLAIN = (int, float, bool, str, complex)
 _CONTAINERS = (list, dict, set)
+
+
+class FunctionCaches:
+    """The ``functools.lru_cache`` functions of this process, torch's own aside.
+
+    One that a traced forward fills would keep a tensor of the trace, which breaks eager calls after it: what the
+    forward missed in it is forgotten again.
+    """
+
+    def __init__(self) -> None:
+        kind = functools._lru_cache_wrapper
+        self.functions = [
+            found
+            for found in gc.get_objects()
+            if type(found) is kind and not (getattr(found, "__module__", "") or "").startswith(_LIBRARIES)
+        ]
+        self.misses: list[int] = []
+
+    def note(self) -> None:
+        """Remember how often each was missed so far."""
+        self.misses = [function.cache_info().misses for function in self.functions]
+
+    def forget(self) -> None:
+        """Clear those that were missed since."""
+        for function, misses in zip(self.functions, self.misses, strict=True):
+            if function.cache_info().misses != misses:
+                function.cache_clear()
 
 
 class unchanged_python:
     """A context for one call of a forward: on exit everything is as it was, or a CaptureError says what isn't."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, caches: FunctionCaches) -> None:
         self.modules = list(model.named_modules())
+        self.caches = caches
 
     def __enter__(self) -> None:
         self.attributes = [dict(vars(module)) for _, module in self.modules]
@@ -34,8 +65,10 @@ class unchanged_python:
         self.random = random.getstate()
         numpy = sys.modules.get("numpy")
         self.numpy = numpy.random.get_state() if numpy is not None else None
+        self.caches.note()
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.caches.forget()
         found = self._restore_generators()
         for (prefix, module), own, contents in zip(self.modules, self.attributes, self.contents, strict=True):
             found += [f"{prefix}.{name}".lstrip(".") for name in _restore(module, own, contents)]

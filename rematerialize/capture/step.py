@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rematerialize import torch_private as private
 from rematerialize.capture.decompose import splitting_recurrences
-from rematerialize.capture.purity import unchanged_python
+from rematerialize.capture.purity import FunctionCaches, unchanged_python
 from rematerialize.errors import CaptureError
 
 _PLAIN_TYPES = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -182,6 +182,7 @@ class _Recorder:
         recurrences: splitting_recurrences,
     ) -> None:
         self.recurrences = recurrences
+        self.caches = FunctionCaches()
         self.model = model
         self.forward = forward
         self.inputs = inputs
@@ -195,7 +196,7 @@ class _Recorder:
         args, kwargs = self.inputs.rebuild(flat[len(self.slots) :])
         with _swapped(self.homes, flat), self.recurrences:
             # Inside the swap: attributes are compared with the values that the swap put there.
-            with unchanged_python(self.model):
+            with unchanged_python(self.model, self.caches):
                 output = self.forward(*args, **kwargs)
             self._refuse_reassigned(flat)
         leaves, spec = private.tree_flatten(output)
