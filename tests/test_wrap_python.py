@@ -272,3 +272,22 @@ def test_a_cache_outside_of_the_module_is_not_left_with_a_tensor_of_the_trace() 
         shared_mask.cache_clear()
     if found is not None:
         assert_same_step(expected, found)
+
+
+class SetsItsWindow(Linear):
+    """As Swin does: an attribute clamped to the input's size, at every call to the same value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = 1000
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] <= self.window:
+            self.window = x.shape[0]
+        return (self.linear(x) * self.window).tanh()
+
+
+def test_an_attribute_that_every_call_sets_to_the_same_value_is_no_counter() -> None:
+    eager, ours = twins(SetsItsWindow)
+    store_all(ours)
+    assert_same_step(step_of(eager, batch()), step_of(ours, batch()))

@@ -21,17 +21,21 @@ _SHORTEST_SPLIT_SEQUENCE = 32
 class splitting_recurrences(TorchFunctionMode):
     """While active, unpacked one-directional LSTMs run layer by layer over chunks of the time axis.
 
-    With ``split=False`` they run whole. ``found`` says whether there were any.
+    With ``split=False`` they run whole. ``found`` says whether there were any; ``called`` lists the functions that
+    ran, for comparing one call of a forward with the next.
     """
 
     def __init__(self, split: bool) -> None:
         super().__init__()
         self.split = split
         self.found = False
+        self.called: list[Callable[..., Any]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if getattr(func, "__name__", "") != "__get__":
+            self.called.append(func)
         if func is torch.lstm and not kwargs and _splittable(args):
             self.found = True
             if self.split:

@@ -11,6 +11,7 @@ import functools
 import gc
 import random
 import sys
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,15 +50,31 @@ class FunctionCaches:
                 function.cache_clear()
 
 
-class unchanged_python:
-    """A context for one call of a forward: on exit everything is as it was, or a CaptureError says what isn't."""
+@dataclass(slots=True)
+class Settled:
+    """Plain attributes that the first traced call set: (module number, name) to value; ``calls`` so far."""
 
-    def __init__(self, model: nn.Module, caches: FunctionCaches) -> None:
+    values: dict[tuple[int, str], Any] = field(default_factory=dict)
+    calls: int = 0
+
+
+class unchanged_python:
+    """A context for one call of a forward: on exit everything is as it was, or a CaptureError says what isn't.
+
+    A trace calls the forward more than once. A plain attribute may be set in the first call if the next one, which
+    starts from that value, leaves it there (``self.window_size = ...`` from the input's shape): ``settled`` carries
+    such values from call to call. A counter moves on, and is refused.
+    """
+
+    def __init__(self, model: nn.Module, caches: FunctionCaches, settled: Settled) -> None:
         self.modules = list(model.named_modules())
         self.caches = caches
+        self.settled = settled
 
     def __enter__(self) -> None:
         self.attributes = [dict(vars(module)) for _, module in self.modules]
+        for (index, name), value in self.settled.values.items():
+            vars(self.modules[index][1])[name] = value
         self.contents = [
             {name: value.copy() for name, value in own.items() if isinstance(value, _CONTAINERS)}
             for own in self.attributes
@@ -70,14 +87,28 @@ class unchanged_python:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.caches.forget()
         found = self._restore_generators()
-        for (prefix, module), own, contents in zip(self.modules, self.attributes, self.contents, strict=True):
-            found += [f"{prefix}.{name}".lstrip(".") for name in _restore(module, own, contents)]
+        for index, (prefix, module) in enumerate(self.modules):
+            found += [f"{prefix}.{name}".lstrip(".") for name in self._moved(index, module)]
+            left = _restore(module, self.attributes[index], self.contents[index])
+            found += [f"{prefix}.{name}".lstrip(".") for name in left]
+        self.settled.calls += 1
         if found and kind is None:
             raise CaptureError(
                 f"the forward changes {', '.join(found[:3])}, which a planned step can't repeat: make a counter a "
                 "buffer (register_buffer), return a loss instead of leaving it on the module, draw random numbers "
                 "with torch"
             )
+
+    def _moved(self, index: int, module: nn.Module) -> list[str]:
+        """Plain attributes that the forward set to another value than it found, the first call's excused."""
+        moved = []
+        for name, now in vars(module).items():
+            before = self.settled.values.get((index, name), self.attributes[index].get(name))
+            if isinstance(now, _PLAIN) and isinstance(before, _PLAIN) and now != before:
+                if self.settled.calls:
+                    moved.append(name)
+                self.settled.values[index, name] = now
+        return moved
 
     def _restore_generators(self) -> list[str]:
         found = []
@@ -120,8 +151,6 @@ def _restore(module: nn.Module, own: dict[str, Any], contents: dict[str, Any]) -
 
 
 def _matters(before: Any, now: Any) -> bool:
-    if isinstance(now, _PLAIN):
-        return isinstance(before, _PLAIN) and before != now
     derived = isinstance(before, Tensor) and before.grad_fn is not None  # weight_norm's weight, computed each call
     return isinstance(now, Tensor) and now.requires_grad and not derived
 

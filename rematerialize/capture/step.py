@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rematerialize import torch_private as private
 from rematerialize.capture.decompose import splitting_recurrences
-from rematerialize.capture.purity import FunctionCaches, unchanged_python
+from rematerialize.capture.purity import FunctionCaches, Settled, unchanged_python
 from rematerialize.errors import CaptureError
 
 _PLAIN_TYPES = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -183,6 +183,7 @@ class _Recorder:
     ) -> None:
         self.recurrences = recurrences
         self.caches = FunctionCaches()
+        self.settled = Settled()
         self.model = model
         self.forward = forward
         self.inputs = inputs
@@ -196,8 +197,14 @@ class _Recorder:
         args, kwargs = self.inputs.rebuild(flat[len(self.slots) :])
         with _swapped(self.homes, flat), self.recurrences:
             # Inside the swap: attributes are compared with the values that the swap put there.
-            with unchanged_python(self.model, self.caches):
+            previous, self.recurrences.called = self.recurrences.called, []
+            with unchanged_python(self.model, self.caches, self.settled):
                 output = self.forward(*args, **kwargs)
+            if self.settled.values and self.settled.calls > 1 and self.recurrences.called != previous:
+                raise CaptureError(
+                    "the forward computes something else once its attributes are set (an initialization at the first "
+                    "call?): call the model once before planning"
+                )
             self._refuse_reassigned(flat)
         leaves, spec = private.tree_flatten(output)
         tensors: list[Tensor] = []
