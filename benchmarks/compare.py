@@ -179,9 +179,7 @@ def compare_model(spec: ModelSpec, options: Options) -> ModelResult:
     )
 
 
-def _enter_ours(
-    contest: Contest, captured: list[peers.Ours], budgets: Iterable[tuple[str, int | str]]
-) -> None:
+def _enter_ours(contest: Contest, captured: list[peers.Ours], budgets: Iterable[tuple[str, int | str]]) -> None:
     """Enter our plans; the model is captured once, by the first of them."""
 
     def prepare(budget: int | str) -> Stepper:

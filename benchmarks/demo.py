@@ -111,9 +111,7 @@ def main() -> int:
     elapsed_s = time.perf_counter() - start_s
     wrong = [cell for cell in cells if not cell.keeps_its_word]
     verdict = "every peak within its budget, every gradient equal to eager's bit for bit"
-    print(
-        f"{verdict if not wrong else f'{len(wrong)} of {len(cells)} cells FAILED'}; {elapsed_s:.0f} s in all"
-    )
+    print(f"{verdict if not wrong else f'{len(wrong)} of {len(cells)} cells FAILED'}; {elapsed_s:.0f} s in all")
     if args.json is not None:
         args.json.write_text(json.dumps(_record(cells, elapsed_s, args), indent=1) + "\n", encoding="utf-8")
     return 1 if wrong else 0
@@ -124,9 +122,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scale", choices=("test", "bench"), default="bench", help="size of the models")
     parser.add_argument("--steps", type=int, default=3, help="training steps to compare")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="torch's threads; one isn't disturbed by what else runs"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads; one isn't disturbed by what else runs")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
 
@@ -143,9 +139,7 @@ def _run_model(spec: ModelSpec, scale: Scale, steps: int, rounds: int, console: 
     for budget in BUDGETS:
         with console.status(f"{spec.name}: planning {budget}, then training {steps} steps"):
             try:
-                stepper, plan, planning_s = _planned(
-                    spec, scale, minimum_bytes if budget == "minimum" else budget
-                )
+                stepper, plan, planning_s = _planned(spec, scale, minimum_bytes if budget == "minimum" else budget)
             except remat.BudgetError as error:
                 minimum_bytes = error.minimum_bytes
                 gradients[budget] = REFUSED

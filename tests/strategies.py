@@ -38,9 +38,7 @@ def training_graphs(draw: st.DrawFn, max_forward: int = 8, max_backward: int = 6
             forward = list(made)
     outputs = draw(st.lists(st.sampled_from(forward), max_size=2, unique=True))
     gradients = draw(st.lists(st.sampled_from([*made, "p", "t"]), max_size=3, unique=True))
-    return TrainingGraph(
-        tuple(ops), sizes, frozenset({"p"}), ("t",), tuple(outputs), tuple(gradients)
-    ).verify()
+    return TrainingGraph(tuple(ops), sizes, frozenset({"p"}), ("t",), tuple(outputs), tuple(gradients)).verify()
 
 
 @st.composite
@@ -49,8 +47,7 @@ def chains(draw: st.DrawFn, max_length: int = 5) -> TrainingGraph:
     length = draw(st.integers(2, max_length))
     sizes = {"x0": 8, **{f"x{i}": draw(st.integers(1, 6)) for i in range(1, length + 1)}}
     ops = [
-        Op(f"f{i}", "forward", float(draw(st.integers(1, 4))), (f"x{i - 1}",), (f"x{i}",))
-        for i in range(1, length + 1)
+        Op(f"f{i}", "forward", float(draw(st.integers(1, 4))), (f"x{i - 1}",), (f"x{i}",)) for i in range(1, length + 1)
     ]
     for i in range(length, 0, -1):
         sizes[f"d{i}"] = sizes[f"x{i}"]
@@ -59,9 +56,7 @@ def chains(draw: st.DrawFn, max_length: int = 5) -> TrainingGraph:
         sizes["d0"] = 1
         reads = (f"d{i}", f"x{i - 1}")
         ops.append(Op(f"b{i}", "backward", float(draw(st.integers(1, 4))), reads, (f"d{i - 1}",)))
-    return TrainingGraph(
-        tuple(ops), sizes, frozenset({"x0"}), (f"d{length}",), (), ("d0",)
-    ).verify()
+    return TrainingGraph(tuple(ops), sizes, frozenset({"x0"}), (f"d{length}",), (), ("d0",)).verify()
 
 
 def budgets(low: int, high: int, count: int = 5) -> list[int]:

@@ -74,8 +74,7 @@ def photograph(model: nn.Module) -> Callable[[], None]:
     modules = [(name, type(module), module.training) for name, module in model.named_modules()]
     instance = {name: sorted(vars(module)) for name, module in model.named_modules()}
     hooks = {
-        name: (len(module._forward_hooks), len(module._forward_pre_hooks))
-        for name, module in model.named_modules()
+        name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
     }
     needs_grad = [parameter.requires_grad for parameter in model.parameters()]
     generator = torch.get_rng_state()
@@ -90,8 +89,7 @@ def photograph(model: nn.Module) -> Callable[[], None]:
         assert {name: sorted(vars(module)) for name, module in model.named_modules()} == instance
         assert "forward" not in vars(model)
         assert {
-            name: (len(module._forward_hooks), len(module._forward_pre_hooks))
-            for name, module in model.named_modules()
+            name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
         } == hooks
         assert [parameter.requires_grad for parameter in model.parameters()] == needs_grad
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -122,9 +120,7 @@ def refused(
 
 ENTRANCES = {
     "plan": lambda model, example_inputs, **budget: remat.plan(model, example_inputs, **budget),
-    "wrap": lambda model, example_inputs, **budget: remat.wrap(
-        model, example_inputs=example_inputs, **budget
-    ),
+    "wrap": lambda model, example_inputs, **budget: remat.wrap(model, example_inputs=example_inputs, **budget),
 }
 either = pytest.mark.parametrize("enter", ENTRANCES.values(), ids=ENTRANCES.keys())
 
@@ -199,9 +195,7 @@ def test_inputs_that_the_forward_does_not_take_are_a_capture_error(enter: Any, e
 
 @either
 @pytest.mark.parametrize("example_inputs", [torch.ones(64, 32), None, 3, [torch.ones(64, 32)]])
-def test_inputs_that_are_no_tuple_and_no_dict_are_refused_with_what_to_write(
-    enter: Any, example_inputs: Any
-) -> None:
+def test_inputs_that_are_no_tuple_and_no_dict_are_refused_with_what_to_write(enter: Any, example_inputs: Any) -> None:
     if example_inputs is None and enter is ENTRANCES["wrap"]:
         pytest.skip("None is wrap's way to say: plan at the first call")
     error = refused(remat.RematerializeError, enter, MLP(), example_inputs, activation_budget="50%")
@@ -233,9 +227,7 @@ def test_data_dependence_is_a_capture_error_that_names_the_users_line(
 
 @either
 @pytest.mark.parametrize("make", [frozen, nn.Identity, Detached, NoTensor])
-def test_a_step_with_nothing_to_differentiate_is_a_capture_error(
-    enter: Any, make: Callable[[], nn.Module]
-) -> None:
+def test_a_step_with_nothing_to_differentiate_is_a_capture_error(enter: Any, make: Callable[[], nn.Module]) -> None:
     error = refused(remat.CaptureError, enter, make(), inputs(), activation_budget="50%")
     assert "grad" in str(error)
 
@@ -297,10 +289,7 @@ def bad_plans(text: str) -> dict[str, str]:
         "a list": "[]",
         "foreign": '{"nodes": []}',
         "a later format": json.dumps({**data, "format": "rematerialize.plan/99"}),
-        **{
-            f"without {key}": json.dumps({k: v for k, v in data.items() if k != key})
-            for key in ("graph", "schedule")
-        },
+        **{f"without {key}": json.dumps({k: v for k, v in data.items() if k != key}) for key in ("graph", "schedule")},
     }
 
 

@@ -90,14 +90,10 @@ def a_graph(layers: int = 6) -> TrainingGraph:
     """Return a chain of equal layers whose backward reads each activation."""
     ops: list[dict[str, object]] = []
     for i in range(layers):
-        ops.append(
-            {"name": f"f{i}", "phase": "forward", "inputs": [f"a{i - 1}" if i else "x"], "outputs": [f"a{i}"]}
-        )
+        ops.append({"name": f"f{i}", "phase": "forward", "inputs": [f"a{i - 1}" if i else "x"], "outputs": [f"a{i}"]})
     for i in reversed(range(layers)):
         incoming = f"d{i + 1}" if i + 1 < layers else "dy"
-        ops.append(
-            {"name": f"b{i}", "phase": "backward", "inputs": [f"a{i}", incoming], "outputs": [f"d{i}"]}
-        )
+        ops.append({"name": f"b{i}", "phase": "backward", "inputs": [f"a{i}", incoming], "outputs": [f"d{i}"]})
     return TrainingGraph.from_json(
         {
             "format": "rematerialize.graph/1",
@@ -125,9 +121,7 @@ def graph_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     (tmp_path / "mine.py").write_text(textwrap.dedent(FACTORIES), encoding="utf-8")
-    (tmp_path / "broken.py").write_text(
-        "import torch\nraise RuntimeError('half a module')\n", encoding="utf-8"
-    )
+    (tmp_path / "broken.py").write_text("import torch\nraise RuntimeError('half a module')\n", encoding="utf-8")
     (tmp_path / "lacking.py").write_text("import not_installed_anywhere\n", encoding="utf-8")
     return tmp_path
 
@@ -243,9 +237,7 @@ def test_a_bad_budget_is_exit_code_2(budget: str, graph_file: Path) -> None:
 
 
 def test_an_unknown_solver_is_named_with_those_known(graph_file: Path) -> None:
-    done = run_cli(
-        "solve", "graph.json", "--budget", "30%", "--solver", "magic", cwd=graph_file.parent, code=2
-    )
+    done = run_cli("solve", "graph.json", "--budget", "30%", "--solver", "magic", cwd=graph_file.parent, code=2)
     assert "'magic'" in the_error(done)
     assert "auto" in the_error(done)
 
@@ -288,9 +280,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 def test_a_reader_that_goes_away_is_no_traceback(graph_file: Path) -> None:
     graph_file.write_text(a_graph(3000).to_json(), encoding="utf-8")
-    command = (
-        f"{sys.executable} -m rematerialize solve graph.json --budget 100% --solver store_all | head -c 10"
-    )
+    command = f"{sys.executable} -m rematerialize solve graph.json --budget 100% --solver store_all | head -c 10"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
@@ -306,9 +296,7 @@ def test_a_reader_that_goes_away_is_no_traceback(graph_file: Path) -> None:
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(
-        "import time\ndef make():\n    print('ready', flush=True)\n    time.sleep(60)\n"
-    )
+    (tmp_path / "slow.py").write_text("import time\ndef make():\n    print('ready', flush=True)\n    time.sleep(60)\n")
     process = subprocess.Popen(
         [sys.executable, "-m", "rematerialize", "plan", "slow:make", "--budget", "1GiB"],
         cwd=tmp_path,

@@ -53,9 +53,7 @@ def test_our_lowest_peak_is_compared_with_every_peers() -> None:
 
 
 def test_a_comparison_survives_its_file(tmp_path: Path) -> None:
-    before = Comparison(
-        "c", "0", "d", "cpu", 1, {"torch": "2"}, 1, "test", (result(cell("ours 50%", 50, 1.5)),)
-    )
+    before = Comparison("c", "0", "d", "cpu", 1, {"torch": "2"}, 1, "test", (result(cell("ours 50%", 50, 1.5)),))
     before.save(tmp_path / "c.json")
     assert Comparison.load(tmp_path / "c.json") == before
 

@@ -78,8 +78,7 @@ def test_invalid_schedules_are_refused(forward: list[str], backward: list[str], 
 @pytest.mark.parametrize("backward", [["b3", "f1", "b2"], ["b3", "b2"]])
 def test_ops_that_run_once_are_not_recomputed(backward: list[str]) -> None:
     once = tuple(
-        Op(o.name, o.phase, o.time_s, o.inputs, o.outputs, o.transient_bytes, o.name != "f1")
-        for o in graph().ops
+        Op(o.name, o.phase, o.time_s, o.inputs, o.outputs, o.transient_bytes, o.name != "f1") for o in graph().ops
     )
     forward = ["f1", "f2", "f3"] if len(backward) == 3 else ["f1", "f1", "f2", "f3"]
     with pytest.raises(ScheduleError, match="f1"):

@@ -43,9 +43,7 @@ class MaskedLanguageModel(nn.Module):
             )
             for _ in range(config.layers)
         )
-        self.transform = nn.Sequential(
-            nn.Linear(config.width, config.width), nn.GELU(), nn.LayerNorm(config.width)
-        )
+        self.transform = nn.Sequential(nn.Linear(config.width, config.width), nn.GELU(), nn.LayerNorm(config.width))
         self.decoder = nn.Linear(config.width, config.vocabulary)
 
     def forward(self, tokens: Tensor, padding: Tensor, labels: Tensor) -> Tensor:

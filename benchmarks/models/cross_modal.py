@@ -79,9 +79,7 @@ class CrossModal(nn.Module):
         )
         self.sound_stem = nn.Conv1d(1, width, 3, padding=1)
         self.sound = nn.ModuleList(SoundBlock(width, 2 ** (i % 4)) for i in range(config.sound_blocks))
-        self.join = nn.Sequential(
-            nn.Linear(3 * width, 4 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(4 * width, 1)
-        )
+        self.join = nn.Sequential(nn.Linear(3 * width, 4 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(4 * width, 1))
 
     def forward(self, images: Tensor, text: Tensor, sound: Tensor, match: Tensor) -> Tensor:
         image, words, wave = self.image_stem(images), self.text_stem(text), self.sound_stem(sound)

@@ -43,9 +43,7 @@ class NavierStokes(nn.Module):
         self.run = run
         self.viscosity = config.viscosity
         sizes = [3, *[config.width] * config.depth]
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in itertools.pairwise(sizes)
-        )
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in itertools.pairwise(sizes))
         self.head = nn.Linear(config.width, 3)
 
     def flow(self, coordinates: Tensor) -> Tensor:

@@ -64,9 +64,7 @@ class UNet(nn.Module):
             DoubleConv(a, b, config.dropout) for a, b in zip([3, *widths[:-2]], widths[:-1], strict=True)
         )
         self.middle = DoubleConv(widths[-2], widths[-1], config.dropout)
-        self.up = nn.ModuleList(
-            Up(a, b, config.dropout) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True)
-        )
+        self.up = nn.ModuleList(Up(a, b, config.dropout) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True))
         self.head = nn.Conv2d(config.width, 3, 1)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:

@@ -24,9 +24,7 @@ def main() -> None:
     parser.add_argument("graphs", nargs="*")
     parser.add_argument("--solver", default="auto")
     options = parser.parse_args()
-    print(
-        f"{'graph':24s}{'ops':>6s}" + "".join(f"{p:>7d}" for p in PERCENTS) + "   min%  over%  len x   cpu s"
-    )
+    print(f"{'graph':24s}{'ops':>6s}" + "".join(f"{p:>7d}" for p in PERCENTS) + "   min%  over%  len x   cpu s")
     for name in options.graphs or SUITE:
         graph = SUITE[name]() if name in SUITE else TrainingGraph.from_json(Path(name).read_text())
         start = time.process_time()
