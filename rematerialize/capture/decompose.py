@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _SHORTEST_SPLIT_SEQUENCE = 32
+# A chunk's workspace is several times its outputs, so chunks are shorter than the square root of the steps.
+_CHUNK_OF_SQRT = 0.35
 
 
 class splitting_recurrences(TorchFunctionMode):
@@ -62,21 +64,28 @@ def _lstm_in_chunks(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.lstm``, layer by layer, in about sqrt(steps) chunks of time."""
+    """``torch.lstm`` over chunks of time; each chunk passes through all layers before the next one starts.
+
+    So the backward, too, finishes a chunk before it needs the one before: no layer's outputs or gradients are needed
+    over the whole sequence. Dropout between the layers draws for whole sequences in eager: then layer by layer.
+    """
     time_dim = 1 if batch_first else 0
-    chunk = math.ceil(math.sqrt(inputs.shape[time_dim]))
+    steps = inputs.shape[time_dim]
+    chunk = math.ceil(_CHUNK_OF_SQRT * math.sqrt(steps))
     per_layer = len(weights) // num_layers
-    last_h, last_c = [], []
-    for layer in range(num_layers):
-        layer_weights = list(weights[layer * per_layer : (layer + 1) * per_layer])
-        h, c = hx[0][layer : layer + 1], hx[1][layer : layer + 1]
+    groups = [range(num_layers)] if not (dropout > 0 and train) else [[layer] for layer in range(num_layers)]
+    h = [hx[0][layer : layer + 1] for layer in range(num_layers)]
+    c = [hx[1][layer : layer + 1] for layer in range(num_layers)]
+    for number, group in enumerate(groups):
         pieces = []
         for piece in torch.split(inputs, chunk, time_dim):
-            out, h, c = torch.lstm(piece, (h, c), layer_weights, has_biases, 1, 0.0, train, bidirectional, batch_first)
-            pieces.append(out)
+            for layer in group:
+                own = list(weights[layer * per_layer : (layer + 1) * per_layer])
+                piece, h[layer], c[layer] = torch.lstm(
+                    piece, (h[layer], c[layer]), own, has_biases, 1, 0.0, train, bidirectional, batch_first
+                )
+            pieces.append(piece)
         inputs = torch.cat(pieces, time_dim)
-        if dropout > 0 and train and layer < num_layers - 1:
+        if number < len(groups) - 1:
             inputs = torch.dropout(inputs, dropout, train)
-        last_h.append(h)
-        last_c.append(c)
-    return inputs, torch.cat(last_h), torch.cat(last_c)
+    return inputs, torch.cat(h), torch.cat(c)
