@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 _SHORTEST_SPLIT_SEQUENCE = 32
 # A chunk's workspace is several times its outputs, so chunks are shorter than the square root of the steps.
-_CHUNK_OF_SQRT = 0.35
+_CHUNK_OF_SQRT = 0.7
 
 
 class splitting_recurrences(TorchFunctionMode):
