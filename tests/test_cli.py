@@ -279,7 +279,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_traceback(graph_file: Path) -> None:
-    graph_file.write_text(a_graph(3000).to_json(), encoding="utf-8")
+    graph_file.write_text(a_graph(20_000).to_json(), encoding="utf-8")  # more than a pipe holds
     command = f"{sys.executable} -m rematerialize solve graph.json --budget 100% --solver store_all | head -c 10"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
