@@ -99,11 +99,11 @@ def choose(model: nn.Module, prepared: PreparedStep, request: BudgetRequest) -> 
     asked = request.activation_bytes(store_all.peak_bytes, prepared.resident_bytes, device)
     try:
         variant, schedule = prepared.solve(asked)
-    except BudgetError as error:
+    except BudgetError:
         if request.activation_budget is not None:
-            raise below_minimum(error, asked, minimum, "an activation budget") from None
+            raise below_minimum(asked, minimum, "an activation budget") from None
         besides = prepared.resident_bytes + request.reserve_bytes
-        raise below_minimum(error, asked + besides, minimum + besides, "a budget") from None
+        raise below_minimum(asked + besides, minimum + besides, "a budget") from None
     return Plan(
         graph=variant.graph,
         schedule=schedule,

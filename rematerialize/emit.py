@@ -218,12 +218,11 @@ class _Emitter:
         return node
 
     def _after_placeholders(self, group: str) -> Any:
-        before = [
-            node
-            for name in ("saved", "tangent", "primal")[: ("saved", "tangent", "primal").index(group) + 1]
-            for node in self.groups[name]
-        ]
-        return self.graph.inserting_after(before[-1]) if before else self.graph.inserting_before()
+        order = list(self.groups)
+        for name in reversed(order[: order.index(group) + 1]):
+            if self.groups[name]:
+                return self.graph.inserting_after(self.groups[name][-1])
+        return self.graph.inserting_before()
 
     def finish(self, results: Sequence[fx.Node | None]) -> fx.GraphModule:
         self.graph.output(tuple(results))

@@ -160,7 +160,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def below_minimum(error: BudgetError, asked: int, minimum: int, scope: str) -> BudgetError:
+def below_minimum(asked: int, minimum: int, scope: str) -> BudgetError:
     """The planner's refusal, in the scope in which the user gave the budget."""
     return BudgetError(
         f"no plan fits {scope} of {asked} bytes: the smallest that works is {minimum} bytes "

@@ -225,10 +225,10 @@ def _read_joint(joint: Any, primal_count: int) -> JointTrace:
             raise UnsupportedTraceError(f"the forward needs an input of kind {type(descriptor).__name__}")
     output_node = nodes[-1]
     found = _read_outputs(output_node, len(metadata.output_info), primal_count)
-    position = {_output_key(descriptor): i for i, descriptor in enumerate(found.descriptors)}
+    position = {repr(descriptor): i for i, descriptor in enumerate(found.descriptors)}
     paired = []
     for node, descriptor in tangents:
-        key = _output_key(descriptor)
+        key = repr(descriptor)
         if key not in position:
             raise UnsupportedTraceError("an input that requires grad is changed in place inside the forward")
         paired.append((node, position[key]))
@@ -268,10 +268,6 @@ def _read_outputs(output_node: fx.Node, user_outputs: int, primal_count: int) ->
         elif descriptor is not None and value is not None:
             raise UnsupportedTraceError(f"the forward returns a value of kind {type(descriptor).__name__}")
     return found
-
-
-def _output_key(descriptor: Any) -> str:
-    return repr(descriptor)
 
 
 def _read_aliases(metadata: Any) -> tuple[OutputAlias, ...]:

@@ -132,13 +132,14 @@ class _Builder:
                 [n for n in (*normal.joint.outputs, *normal.joint.gradients, *normal.joint.primals) if n]
             )
         )
+        # Batch norms are left out: they recompute by their stateless form.
+        self.updates = frozenset(node for node in normal.effects if not _is_norm(node))
         self.producer: dict[str, Kernel] = {}
         self.readers: dict[str, list[Kernel]] = {}
         self.index: dict[str, int] = {}
 
     def split(self) -> None:
         """One kernel per allocating or effectful call."""
-        effects = set(self.normal.effects)
         for node in self.normal.joint.graph.nodes:
             if node.op != "call_function" or is_view(node, self.aliases):
                 continue
@@ -148,7 +149,7 @@ class _Builder:
                 calls=[(node, None)],
                 reads=self.graph.storages(node.all_input_nodes),
                 writes=[name for _, name in self.aliases.created[node]],
-                once=node.meta.get("once", False) or (node in effects and not _is_norm(node)),
+                once=node.meta.get("once", False) or node in self.updates,
                 random=is_random(node),
             )
             self.index[kernel.name] = len(self.graph.kernels)
@@ -164,16 +165,14 @@ class _Builder:
             for form in in_place_forms(kernel.head) if len(kernel.calls) == 1 else ():
                 name = self._whole_argument(kernel, form)
                 maker = self.producer.get(name)
-                if not name or maker is None or self.readers[name] != [kernel] or kernel.head in self._effects():
+                if not name or maker is None or self.readers[name] != [kernel] or kernel.head in self.updates:
                     continue
-                if maker.phase != kernel.phase or maker.head in self._effects() or name in self.kept:
+                if maker.phase != kernel.phase or maker.head in self.updates or name in self.kept:
                     continue
-                if self._can_join(maker, kernel, name, position):
-                    self._join(maker, kernel, form, name, position)
+                ready = self._inputs_ready(maker, kernel, name)
+                if self._can_join(maker, kernel, position, ready):
+                    self._join(maker, kernel, form, name, position, ready)
                     break
-
-    def _effects(self) -> set[fx.Node]:
-        return set(self.normal.effects) - {n for n in self.normal.effects if _is_norm(n)}
 
     def _whole_argument(self, kernel: Kernel, form: InPlaceForm) -> str:
         """The storage that ``form`` would write over, if it can; "" otherwise."""
@@ -190,17 +189,23 @@ class _Builder:
         values = [value for value in (*node.args, *node.kwargs.values()) if value is argument]
         return name if len(values) == 1 else ""
 
-    def _can_join(self, maker: Kernel, kernel: Kernel, name: str, position: int) -> bool:
+    def _inputs_ready(self, maker: Kernel, kernel: Kernel, name: str) -> bool:
+        """Are the follower's inputs other than ``name`` made before its maker runs?"""
+        at = self.index[maker.name]
+        return all(
+            read == name or read not in self.producer or self.index[self.producer[read].name] < at
+            for read in kernel.reads
+        )
+
+    def _can_join(self, maker: Kernel, kernel: Kernel, position: int, ready: bool) -> bool:
         """The follower moves up to its maker if its other inputs are ready there, else only from next door."""
         at = self.index[maker.name]
-        others = [read for read in kernel.reads if read != name]
-        ready = all(read not in self.producer or self.index[self.producer[read].name] < at for read in others)
         adjacent = all(self.graph.kernels[i] is None for i in range(at + 1, position))
         if kernel.random and any(k is not None and k.random for k in self.graph.kernels[at + 1 : position]):
             return False
         return ready or (adjacent and not maker.random)
 
-    def _join(self, maker: Kernel, kernel: Kernel, form: InPlaceForm, name: str, position: int) -> None:
+    def _join(self, maker: Kernel, kernel: Kernel, form: InPlaceForm, name: str, position: int, ready: bool) -> None:
         at = self.index[maker.name]
         others = [read for read in kernel.reads if read != name]
         maker.calls.append((kernel.head, form))
@@ -212,7 +217,6 @@ class _Builder:
         (result,) = kernel.writes
         self._rename(result, name, maker)
         self.graph.kernels[position] = None  # type: ignore[call-overload]
-        ready = all(read not in self.producer or self.index[self.producer[read].name] < at for read in others)
         if not ready:
             self.graph.kernels[at] = None  # type: ignore[call-overload]
             self.graph.kernels[position] = maker
