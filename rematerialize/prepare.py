@@ -139,7 +139,7 @@ def _prepare(
 ) -> PreparedStep:
     start = time.perf_counter()
     captured = capture(model, forward, inputs, split_recurrences=split_recurrences)
-    kernels = _group(captured)
+    kernels = group_captured(captured)
     captured_at = time.perf_counter()
     graph = lower(kernels, shared_costs()(kernels.kernels))
     costed_at = time.perf_counter()
@@ -164,8 +164,14 @@ def _prepare(
     )
 
 
-def _group(captured: CapturedStep) -> KernelGraph:
-    """Normalize and group; what neither knows (sparse gradients, generators of one's own) is refused."""
+def group_captured(captured: CapturedStep) -> KernelGraph:
+    """Normalize and group.
+
+    Raises
+    ------
+    CaptureError
+        For what neither knows: sparse gradients, generators of one's own.
+    """
     try:
         for node in captured.joint.graph.nodes:
             if node.op == "get_attr" and "val" not in node.meta:

@@ -32,6 +32,7 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -48,6 +49,7 @@ disable_autocast = torch._C._DisableAutocast
 tree_flatten = pytree.tree_flatten
 tree_unflatten = pytree.tree_unflatten
 TreeSpec = pytree.TreeSpec
+fake_mode = FakeTensorMode
 
 
 @dataclass(frozen=True, slots=True)

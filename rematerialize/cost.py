@@ -1,0 +1,202 @@
+"""Cost of kernels without running them: a roofline of flops and bytes moved, per device.
+
+A call takes its launch overhead, and then whichever is longer: its floating-point operations at the device's peak
+rate, or its bytes at the memory's bandwidth (Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009). Nothing is
+executed, so fake tensors do, and a model that no machine at hand could hold can be planned.
+
+Departures from a real device, all of them on the optimistic side: peaks are data-sheet peaks, every tensor is read
+and written once, and arithmetic is counted only where it can be the limit (products, convolutions, attention,
+recurrences); every other call is bound by its bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.flop_counter import flop_registry
+
+from rematerialize import torch_private as private
+from rematerialize.capture import Kernel, KernelCost
+from rematerialize.capture.aliasing import tensors_of
+from rematerialize.errors import RematerializeError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """What a roofline needs to know of a device.
+
+    Attributes
+    ----------
+    name : str
+    memory_bytes : int
+    bandwidth : float
+        Bytes per second between the device's memory and its cores.
+    peak_flops : mapping of torch.dtype to float
+        Floating-point operations per second of a matrix product (a multiply-add is two); other types run at
+        float32's rate.
+    launch_s : float
+        Seconds that a call takes at least.
+    """
+
+    name: str
+    memory_bytes: int
+    bandwidth: float
+    peak_flops: Mapping[torch.dtype, float]
+    launch_s: float
+
+    def flops_per_s(self, dtype: torch.dtype) -> float:
+        """The rate of a type."""
+        return self.peak_flops.get(dtype, self.peak_flops[torch.float32])
+
+
+def _peaks(double: float, single: float, half: float) -> Mapping[torch.dtype, float]:
+    return {torch.float64: double, torch.float32: single, torch.float16: half, torch.bfloat16: half}
+
+
+# Data sheets of the SXM boards, dense rates, tensor cores for the half types (TF32 is off unless asked for). The
+# CPU: two cores at 2.5 GHz with two 256-bit multiply-add units each, and a share of a server's memory channels.
+DEVICES: Mapping[str, DeviceSpec] = {
+    spec.name: spec
+    for spec in (
+        DeviceSpec("2-core CPU", 8 * 2**30, 20e9, _peaks(80e9, 160e9, 160e9), 4e-6),
+        DeviceSpec("NVIDIA A100 80GB", 80 * 10**9, 2.039e12, _peaks(19.5e12, 19.5e12, 312e12), 3e-6),
+        DeviceSpec("NVIDIA H100 80GB", 80 * 10**9, 3.35e12, _peaks(67e12, 67e12, 989e12), 3e-6),
+    )
+}
+
+
+def device_spec(name: str) -> DeviceSpec:
+    """Look a device up by name.
+
+    Raises
+    ------
+    RematerializeError
+        If the table lacks it.
+    """
+    if name not in DEVICES:
+        raise RematerializeError(f"no figures for a device named {name!r}: known are {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+class AnalyticCostModel:
+    """Costs by formula; stands in wherever `measure.CostModel` does.
+
+    Workspace is modelled for convolutions, as one copy of the image that the kernel reads (libraries reorder it, and
+    the weight, into their own layout), and for LSTM layers, whose saved gates have no size before they run; it is 0
+    for everything else.
+
+    Parameters
+    ----------
+    device : DeviceSpec
+    """
+
+    def __init__(self, device: DeviceSpec) -> None:
+        self.device = device
+
+    def __call__(self, kernels: Iterable[Kernel]) -> dict[str, KernelCost]:
+        """Costs by kernel name. Linear in the number of calls."""
+        return {kernel.name: self.cost(kernel) for kernel in kernels if kernel.calls}
+
+    def cost(self, kernel: Kernel) -> KernelCost:
+        """The sum of its calls' times; the workspace of its allocating call."""
+        times = [call_seconds(self.device, node) for node, _ in kernel.calls]
+        return KernelCost(sum(times), _workspace_bytes(kernel.head), _hidden_outputs(kernel.head))
+
+
+def call_seconds(device: DeviceSpec, node: fx.Node) -> float:
+    """Seconds of one call: overhead, then the slower of arithmetic and memory."""
+    arithmetic = call_flops(node) / device.flops_per_s(_working_dtype(node))
+    return device.launch_s + max(arithmetic, call_bytes(node) / device.bandwidth)
+
+
+def call_flops(node: fx.Node) -> int:
+    """Floating-point operations of one call, by torch's formulas and a few more; 0 where none is known."""
+    packet = getattr(node.target, "_overloadpacket", node.target)
+    args = fx.node.map_arg(node.args, lambda source: source.meta["val"])
+    kwargs = fx.node.map_arg(node.kwargs, lambda source: source.meta["val"])
+    if packet in _MORE_FLOPS:
+        return _MORE_FLOPS[packet](*args)
+    formula = flop_registry.get(packet)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=node.meta["val"]))
+
+
+def _working_dtype(node: fx.Node) -> torch.dtype:
+    for value in (*(source.meta["val"] for source in node.all_input_nodes), node.meta["val"]):
+        for _, tensor in tensors_of(value):
+            if tensor.is_floating_point():
+                return tensor.dtype
+    return torch.float32
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
+    """Two products: queries by keys, weights by values. A causal mask saves nothing here, as in torch's formulas."""
+    heads = math.prod(query.shape[:-2])
+    return 2 * heads * query.shape[-2] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _attention_backward_flops(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any) -> int:
+    """Five products, the weights' recomputation among them."""
+    return _attention_flops(query, key, value) * 5 // 2
+
+
+def _rnn_layer_flops(inputs: Tensor, weight: Tensor, recurrent: Tensor, *_: Any) -> int:
+    return 2 * math.prod(inputs.shape[:-1]) * (weight.numel() + recurrent.numel())
+
+
+_MORE_FLOPS: Mapping[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    private.training_rnn_layer: _rnn_layer_flops,
+    aten.mkldnn_rnn_layer_backward: lambda *args: 2 * _rnn_layer_flops(*args),
+    aten.mv: lambda matrix, vector: 2 * matrix.numel(),
+    aten.dot: lambda left, right: 2 * left.numel(),
+}
+
+_FRESH = frozenset({aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty})
+# They read as much of their first tensor as they return.
+_GATHERS = frozenset({aten.embedding, aten.index, aten.index_select, aten.gather})
+
+
+def call_bytes(node: fx.Node) -> int:
+    """Bytes that one call reads and writes, every distinct tensor once."""
+    packet = getattr(node.target, "_overloadpacket", node.target)
+    if packet in _FRESH:
+        return 0
+    written = sum(_touched_bytes(tensor) for _, tensor in tensors_of(node.meta["val"]))
+    sources = [[tensor for _, tensor in tensors_of(source.meta["val"])] for source in node.all_input_nodes]
+    reads = [sum(_touched_bytes(tensor) for tensor in tensors) for tensors in sources]
+    if packet in _GATHERS:
+        reads[0] = min(reads[0], written)
+    return written + sum(reads)
+
+
+def _touched_bytes(tensor: Tensor) -> int:
+    """Bytes behind a view: an expanded dimension is one row."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)
+    return math.prod(sizes) * tensor.element_size()
+
+
+_CONVOLUTIONS = frozenset({aten.convolution, aten.convolution_backward})
+
+
+def _workspace_bytes(head: fx.Node) -> int:
+    if getattr(head.target, "_overloadpacket", None) not in _CONVOLUTIONS:
+        return 0
+    source = head.args[0]
+    assert isinstance(source, fx.Node)
+    return _touched_bytes(source.meta["val"])
+
+
+def _hidden_outputs(head: fx.Node) -> dict[int, int]:
+    """An LSTM layer of oneDNN saves its gates and states, 15 times its output or more; its fake kernel gives them no size."""
+    if head.target is not private.training_rnn_layer:
+        return {}
+    output = head.meta["val"][0]
+    return {3: 15 * output.numel() * output.element_size()}
