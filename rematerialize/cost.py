@@ -195,7 +195,7 @@ def _workspace_bytes(head: fx.Node) -> int:
 
 
 def _hidden_outputs(head: fx.Node) -> dict[int, int]:
-    """An LSTM layer of oneDNN saves its gates and states, 15 times its output or more; its fake kernel gives them no size."""
+    """An LSTM layer of oneDNN saves 15 times its output or more; its fake kernel gives that no size."""
     if head.target is not private.training_rnn_layer:
         return {}
     output = head.meta["val"][0]

@@ -23,6 +23,7 @@ class DenseConfig:
     pixels: int
     batch: int
     classes: int = 100
+    depths: tuple[int, ...] = DEPTHS
 
 
 CONFIGS = {
@@ -69,12 +70,12 @@ class DenseNet121(nn.Module):
         )
         self.blocks = nn.ModuleList()
         self.transitions = nn.ModuleList()
-        for depth in DEPTHS:
+        for depth in config.depths:
             self.blocks.append(
                 nn.ModuleList(DenseLayer(channels + i * config.growth, config.growth) for i in range(depth))
             )
             channels += depth * config.growth
-            if len(self.blocks) < len(DEPTHS):
+            if len(self.blocks) < len(config.depths):
                 self.transitions.append(Transition(channels))
                 channels //= 2
         self.norm = nn.BatchNorm2d(channels)

@@ -24,6 +24,7 @@ class ImageConfig:
     pixels: int
     batch: int
     classes: int = 100
+    depths: tuple[int, ...] = DEPTHS
 
 
 CONFIGS = {
@@ -70,7 +71,7 @@ class ResNet50(nn.Module):
         )
         blocks: list[nn.Module] = []
         channels = config.width
-        for stage, depth in enumerate(DEPTHS):
+        for stage, depth in enumerate(config.depths):
             width = config.width * 2**stage
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1

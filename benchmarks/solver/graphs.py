@@ -6,7 +6,8 @@ value used twice are summed as they arrive, weight gradients are never freed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rematerialize.ir import Op, TrainingGraph
@@ -231,7 +232,61 @@ def chain(length: int = 50, size: int = 1 << 20, uneven: bool = False) -> Traini
     return tape.graph(tape.op([x], 4, 1e-6, "i"))
 
 
-SUITE = {
+def random_dag(
+    nodes: int = 400, seed: int = 0, far: float = 0.15, join: float = 0.3, unit: int = 1 << 20
+) -> TrainingGraph:
+    """Seeded random network: ops of varied sizes and costs, recent inputs, some joins, some skips from far back.
+
+    Parameters
+    ----------
+    nodes : int
+        Forward ops before those that gather the loose ends; the step has about three times as many.
+    seed : int
+    far : float
+        Probability that an input is drawn from all earlier values rather than from the last four.
+    join : float
+        Probability that an op reads two values; half as often it reads three.
+    unit : int
+        Typical size of a value in bytes; sizes vary from an eighth of it to four times as much.
+    """
+    draw, tape = random.Random(seed), Tape()
+    values = [tape.input("x", unit)]
+    loose: dict[str, None] = {}
+    for _ in range(nodes):
+        wanted = 1 + sum(draw.random() < chance for chance in (join, join / 2))
+        reads = {values[-1]: None} if draw.random() < 0.8 else {}
+        for _ in range(wanted - len(reads)):
+            low = 0 if draw.random() < far else max(0, len(values) - 4)
+            reads[values[draw.randrange(low, len(values))]] = None
+        size = int(unit * 2 ** draw.uniform(-3, 2))
+        moved = size + sum(tape.sizes[read] for read in reads)
+        heavy = draw.random() < 0.5
+        seconds = moved * 1e-10 * (draw.uniform(2, 12) if heavy else 1)
+        saves = "i" if heavy else draw.choice(("i", "o", ""))
+        weight = size // 16 if heavy else 0
+        transient = moved // 4 if heavy and draw.random() < 0.2 else 0
+        extra = size // 4 if draw.random() < 0.1 else 0
+        made = tape.op(list(reads), size, seconds, saves, weight, transient, extra)
+        for read in reads:
+            loose.pop(read, None)
+        loose[made] = None
+        values.append(made)
+    ends = list(loose)
+    while len(ends) > 1:
+        group, ends = ends[:8], ends[8:]
+        ends.append(tape.op(group, 4, 1e-6, "i"))
+    return tape.graph(ends[0] if ends != values[-1:] else tape.op(ends, 4, 1e-6, "i"))
+
+
+# Builders of steps with about a given number of ops, for measuring how a solver scales.
+SHAPES: dict[str, Callable[[int], TrainingGraph]] = {
+    "chain": lambda ops: chain(ops // 3, uneven=True),
+    "lstm": lambda ops: lstm(ops // 33),
+    "gpt": lambda ops: gpt(ops // 49),
+    "random": lambda ops: random_dag(ops * 2 // 7),
+}
+
+SUITE: dict[str, Callable[[], TrainingGraph]] = {
     "gpt-2": lambda: gpt(2),
     "gpt-12": lambda: gpt(12),
     "unet": unet,
@@ -241,4 +296,5 @@ SUITE = {
     "towers": towers,
     "chain-50": chain,
     "uneven-100": lambda: chain(100, uneven=True),
+    "random-100": lambda: random_dag(100),
 }

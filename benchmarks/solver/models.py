@@ -1,0 +1,217 @@
+"""The models behind the captured graphs: factories of (model in train mode, inputs), all run on fake tensors.
+
+Sizes are those of a GPU's training step: activations outweigh the weights, as where memory is short.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models import bert, cross_modal, densenet, gcn, gpt, lstm, pinn, resnet, unet
+from benchmarks.models.spec import Made
+
+Factory = Callable[[], Made]
+
+
+class SquareLoss(nn.Sequential):
+    """Layers, then the mean square of what they give."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x.square().mean()
+
+
+class UnrolledLSTM(nn.Module):
+    """One LSTM cell stepped by a Python loop, a loss on every state."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(features, hidden)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        h = inputs.new_zeros(inputs.shape[1], self.cell.hidden_size)
+        c = torch.zeros_like(h)
+        loss = inputs.new_zeros(())
+        for x in inputs:
+            h, c = self.cell(x, (h, c))
+            loss = loss + h.square().mean()
+        return loss
+
+
+class RandomNet(nn.Module):
+    """A seeded random network: each node reads one to three earlier ones, mostly recent, and a few from far back.
+
+    Parameters
+    ----------
+    nodes : int
+    seed : int
+    far : float
+        Probability that an extra input is drawn from all earlier nodes rather than from the last four.
+    """
+
+    def __init__(self, nodes: int, seed: int, far: float) -> None:
+        super().__init__()
+        draw = random.Random(seed)
+        self.widths = [256]
+        self.sources: list[list[int]] = []
+        self.layers = nn.ModuleList()
+        for node in range(1, nodes + 1):
+            count = min(node, draw.choices((1, 2, 3), (6, 3, 1))[0])
+            sources = {node - 1} if draw.random() < 0.8 else {draw.randrange(node)}
+            while len(sources) < count:
+                low = 0 if draw.random() < far else max(0, node - 4)
+                sources.add(draw.randrange(low, node))
+            self.sources.append(sorted(sources))
+            width = draw.choice((128, 256, 256, 512, 1024))
+            activation = draw.choice((nn.ReLU, nn.GELU, nn.Tanh, nn.SiLU, nn.Identity))
+            parts: list[nn.Module] = [nn.Linear(sum(self.widths[source] for source in sources), width), activation()]
+            if draw.random() < 0.3:
+                parts.insert(1, nn.LayerNorm(width))
+            self.layers.append(nn.Sequential(*parts))
+            self.widths.append(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        used: set[int] = set()
+        for sources, layer in zip(self.sources, self.layers, strict=True):
+            read = [values[source] for source in sources]
+            values.append(layer(torch.cat(read, 1) if len(read) > 1 else read[0]))
+            used.update(sources)
+        ends = [value for index, value in enumerate(values) if index not in used]
+        return torch.stack([end.square().mean() for end in ends]).sum()
+
+
+def _text(model: gpt.GPT, batch: int, tokens: int, vocabulary: int) -> Made:
+    text = torch.zeros(2, batch, tokens, dtype=torch.long)
+    return model, (text[0].clone(), text[1].clone() % vocabulary)
+
+
+def _gpt(layers: int, width: int, heads: int, batch: int, dropout: float, vocabulary: int = 50304) -> Made:
+    config = gpt.GPTConfig(layers, width, heads, 1024, batch, vocabulary, dropout)
+    return _text(gpt.GPT(config), batch, 1024, vocabulary)
+
+
+def _gpt2_block() -> Made:
+    config = gpt.GPTConfig(1, 768, 12, 1024, 8, 50304, 0.1)
+    return SquareLoss(gpt.Block(config)), (torch.randn(8, 1024, 768),)
+
+
+def _bert() -> Made:
+    config = bert.EncoderConfig(layers=2, width=768, heads=12, tokens=512, batch=16, vocabulary=30522)
+    shape = (config.batch, config.tokens)
+    tokens = torch.zeros(shape, dtype=torch.long)
+    inputs = {"tokens": tokens, "padding": torch.zeros(shape, dtype=torch.bool), "labels": tokens.clone()}
+    return bert.MaskedLanguageModel(config), inputs
+
+
+def _unet() -> Made:
+    config = unet.UNetConfig(width=32, depth=4, pixels=256, batch=8)
+    shape = (config.batch, 3, config.pixels, config.pixels)
+    return unet.UNet(config), (torch.randn(shape), torch.randn(shape))
+
+
+def _densenet() -> Made:
+    config = densenet.DenseConfig(growth=32, pixels=224, batch=32, depths=(3, 4, 4, 3))
+    images = torch.randn(config.batch, 3, config.pixels, config.pixels)
+    return densenet.DenseNet121(config), (images, torch.zeros(config.batch, dtype=torch.long))
+
+
+def _resnet(depths: tuple[int, ...], batch: int) -> Made:
+    config = resnet.ImageConfig(width=64, pixels=224, batch=batch, classes=1000, depths=depths)
+    images = torch.randn(batch, 3, config.pixels, config.pixels)
+    return resnet.ResNet50(config), (images, torch.zeros(batch, dtype=torch.long))
+
+
+def _towers() -> Made:
+    config = cross_modal.TowersConfig(128, 16, 32, 256, 4096, image_blocks=3, text_blocks=1, sound_blocks=4)
+    inputs = {
+        "images": torch.randn(config.batch, 3, config.pixels, config.pixels),
+        "text": torch.zeros(config.batch, config.tokens, dtype=torch.long),
+        "sound": torch.randn(config.batch, 1, config.samples),
+        "match": torch.zeros(config.batch),
+    }
+    return cross_modal.CrossModal(config), inputs
+
+
+def _uniform_chain() -> Made:
+    layers = [part for _ in range(40) for part in (nn.Linear(1024, 1024), nn.Tanh())]
+    return SquareLoss(*layers), (torch.randn(16384, 1024),)
+
+
+def _uneven_chain() -> Made:
+    widths = (16, 64, 32, 128, 48, 256, 32, 96, 24, 192, 64, 16, 160, 32, 128, 8)
+    layers: list[nn.Module] = []
+    before = 3
+    for index, width in enumerate(widths):
+        layers += [nn.Conv2d(before, width, 3, padding=1), nn.SiLU() if index % 3 else nn.GELU()]
+        if index in {4, 9}:
+            layers.append(nn.AvgPool2d(2))
+        before = width
+    return SquareLoss(*layers), (torch.randn(16, 3, 128, 128),)
+
+
+def _unrolled_lstm(steps: int, batch: int, hidden: int) -> Made:
+    return UnrolledLSTM(hidden, hidden), (torch.randn(steps, batch, hidden),)
+
+
+def _lstm() -> Made:
+    config = lstm.SurrogateConfig(features=32, hidden=512, batch=64, steps=100)
+    shape = (config.steps, config.batch, config.features)
+    return lstm.Surrogate(config), (torch.randn(shape), torch.randn(shape))
+
+
+def _autoencoder() -> Made:
+    widths = (2, 32, 64, 128, 256, 512)
+    layers: list[nn.Module] = []
+    for before, width in itertools.pairwise(widths):
+        layers += [nn.Conv2d(before, width, 4, 2, 1), nn.BatchNorm2d(width), nn.ELU()]
+    layers += [nn.Flatten(), nn.Linear(512 * 64, 256), nn.Linear(256, 512 * 64), nn.Unflatten(1, (512, 8, 8))]
+    for before, width in itertools.pairwise(widths[:0:-1]):
+        layers += [nn.ConvTranspose2d(before, width, 4, 2, 1), nn.BatchNorm2d(width), nn.ELU()]
+    layers.append(nn.ConvTranspose2d(widths[1], widths[0], 4, 2, 1))
+    return SquareLoss(*layers), (torch.randn(32, 2, 256, 256),)
+
+
+def _pinn() -> Made:
+    config = pinn.FlowConfig(width=256, depth=2, points=65536)
+    return pinn.NavierStokes(config), (torch.randn(config.points, 3), torch.randn(config.points, 2))
+
+
+def _gcn() -> Made:
+    config = gcn.GraphConfig(nodes=100_000, edges=1_000_000, width=128, layers=8)
+    edges = torch.zeros(2, config.edges, dtype=torch.long)
+    labels = torch.zeros(config.nodes, dtype=torch.long)
+    return gcn.GCN(config), (torch.randn(config.nodes, config.width), edges, labels)
+
+
+def _random(nodes: int, seed: int, far: float) -> Made:
+    return RandomNet(nodes, seed, far), (torch.randn(8192, 256),)
+
+
+SMALL: Mapping[str, Factory] = {
+    "gpt2-block": _gpt2_block,
+    "gpt2-2-layers": lambda: _gpt(2, 768, 12, 8, 0.0),
+    "bert-2-layers": _bert,
+    "unet": _unet,
+    "densenet": _densenet,
+    "resnet-26": lambda: _resnet((2, 2, 2, 2), 32),
+    "three-towers": _towers,
+    "uniform-chain": _uniform_chain,
+    "uneven-chain": _uneven_chain,
+    "lstm-cell-10-steps": lambda: _unrolled_lstm(10, 256, 1024),
+    "lstm-chunks": _lstm,
+    "autoencoder": _autoencoder,
+    "pinn": _pinn,
+    "gcn": _gcn,
+    "random-near": lambda: _random(30, 1, 0.0),
+    "random-mixed": lambda: _random(40, 2, 0.3),
+    "random-far": lambda: _random(36, 3, 0.9),
+}
+
+LARGE: Mapping[str, Factory] = {}
