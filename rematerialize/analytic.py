@@ -23,6 +23,9 @@ T = TypeVar("T")
 def on_fake_tensors(factory: Callable[[], T]) -> T:
     """Return what ``factory`` returns when every tensor that it makes is fake: shape and type, but no storage.
 
+    Torch can't cast or move a module of fake tensors ("Couldn't swap"): for another type than float32, let the
+    factory build it under `torch.set_default_dtype`.
+
     Examples
     --------
     >>> layer = on_fake_tensors(lambda: nn.Linear(1_000_000, 1_000_000))  # 4 TB of weights
