@@ -5,9 +5,10 @@ Sizes are those of a GPU's training step: activations outweigh the weights, as w
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -214,4 +215,90 @@ SMALL: Mapping[str, Factory] = {
     "random-far": lambda: _random(36, 3, 0.9),
 }
 
-LARGE: Mapping[str, Factory] = {}
+
+@contextlib.contextmanager
+def _half() -> Iterator[None]:
+    """Parameters in bfloat16 from the start: fake ones can't be cast."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _megatron() -> Made:
+    """The 8.3-billion-parameter GPT of Shoeybi et al., "Megatron-LM" (2019)."""
+    with _half():
+        return _gpt(72, 3072, 24, 8, 0.0, vocabulary=51200)
+
+
+def _llama() -> Made:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        use_cache=False,
+    )
+    tokens = torch.zeros(4, 2048, dtype=torch.long)
+    with _half():
+        model = LlamaForCausalLM(config).train()
+    return model, {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def _t5() -> Made:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=32128, d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16, use_cache=False)
+    config.decoder_start_token_id = 0
+    tokens = torch.zeros(8, 512, dtype=torch.long)
+    with _half():
+        model = T5ForConditionalGeneration(config).train()
+    return model, {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def _swin() -> Made:
+    from transformers import SwinConfig, SwinForImageClassification
+
+    config = SwinConfig(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], num_labels=1000)
+    inputs = {"pixel_values": torch.randn(64, 3, 224, 224), "labels": torch.zeros(64, dtype=torch.long)}
+    return SwinForImageClassification(config).train(), inputs
+
+
+class Denoising(nn.Module):
+    """A diffusion U-Net behind the loss that trains it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents: Tensor, times: Tensor, text: Tensor, noise: Tensor) -> Tensor:
+        predicted: Tensor = self.model(latents, times, encoder_hidden_states=text, return_dict=False)[0]
+        return (predicted - noise).square().mean()
+
+
+def _unet2d_condition() -> Made:
+    """The U-Net of Stable Diffusion 1.5, which is diffusers' default but for the text's width."""
+    from diffusers import UNet2DConditionModel
+
+    with _half():
+        model = Denoising(UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
+        latents, text = torch.randn(16, 4, 64, 64), torch.randn(16, 77, 768)
+    return model.train(), (latents, torch.zeros(16, dtype=torch.long), text, torch.zeros_like(latents))
+
+
+LARGE: Mapping[str, Factory] = {
+    "gpt-12-layers": lambda: _gpt(12, 768, 12, 8, 0.1),
+    "megatron-72-layers": _megatron,
+    "llama-24-layers": _llama,
+    "t5-large": _t5,
+    "swin-base": _swin,
+    "resnet-152": lambda: _resnet((3, 8, 36, 3), 64),
+    "unet2d-condition": _unet2d_condition,
+    "lstm-cell-1000-steps": lambda: _unrolled_lstm(1000, 64, 1024),
+}

@@ -76,5 +76,21 @@ def synthetic() -> Graphs:
     return Graphs(makers)
 
 
+def find(name: str) -> TrainingGraph:
+    """Return the graph of a file, or of a name in any suite, captured ones before synthetic ones (`graphs.SUITE` included).
+
+    Raises
+    ------
+    KeyError
+        If it is neither.
+    """
+    if Path(name).is_file():
+        return read(Path(name))
+    for suite in (small(), large(), synthetic(), Graphs(graphs.SUITE)):
+        if name in suite:
+            return suite[name]
+    raise KeyError(f"{name}: neither a file nor one of {', '.join((*small(), *large(), *synthetic(), *graphs.SUITE))}")
+
+
 def _sized(build: Callable[[int], TrainingGraph], ops: int) -> Callable[[], TrainingGraph]:
     return lambda: build(ops)
