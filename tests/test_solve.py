@@ -8,14 +8,15 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks.solver import graphs
 from rematerialize.errors import BudgetError
 from rematerialize.ir import Op, TrainingGraph
 from rematerialize.simulate import simulate
 from rematerialize.solve import Planner, frontier, minimum, solve, solvers, store_all
+from rematerialize.solve.native import FlatStep, Workbench
 from rematerialize.solve.step import Plan, Step, compile_step
-from rematerialize.solve.workbench import Workbench
 from tests.strategies import budgets, chains, training_graphs
 
 SMALL = {
@@ -245,8 +246,32 @@ def test_workbench_memory_is_exact_where_the_backward_reads_an_output() -> None:
     graph = TrainingGraph(ops, sizes, frozenset({"x"}), ("t",), ("loss",), ("dx",))
     step = compile_step(graph)
     again = Plan((0, 1, 0, 1, 2, 3), 2)  # both forward ops run again in the backward
-    bench = Workbench(step, again)
-    bench.check()
-    slot = bench.runs[1][-1]
-    bench.retain(slot, bench.retention(slot))
-    bench.check()
+    bench = Workbench(FlatStep(step), 8)
+    assert bench.load(again)
+    assert bench.peak_bytes() == step.peak_bytes(again)
+    bench.spend(10**9)
+    plan = bench.plan()
+    assert (bench.peak_bytes(), bench.time_s) == (step.peak_bytes(plan), step.duration_s(plan.order))
+    assert len(plan.order) == 4
+
+
+@settings(max_examples=100, deadline=None)
+@given(training_graphs(), st.integers(1, 10**6))
+def test_bench_memory_and_time_are_those_of_its_plan_after_any_search(graph: TrainingGraph, seed: int) -> None:
+    step = compile_step(graph)
+    bench = Workbench(FlatStep(step), 60)
+    assert bench.load(step.store_all())
+    full = bench.peak_bytes()
+    assert full == step.peak_bytes(step.store_all())
+    for share in (0.9, 0.7, 0.5):
+        bench.descend(int(full * share), noise=0.5, stretch=0.0)
+        bench.improve(bench.peak_bytes(), 200, seed=seed)
+        plan = bench.plan()
+        result = simulate(graph, *names(step, plan))
+        assert result.peak_bytes == bench.peak_bytes()
+        assert result.time_s == pytest.approx(bench.time_s)
+
+
+def names(step: Step, plan: Plan) -> tuple[list[str], list[str]]:
+    order = [step.names[op] for op in plan.order]
+    return order[: plan.split], order[plan.split :]

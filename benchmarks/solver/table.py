@@ -1,6 +1,6 @@
 """Print overhead and minimum of the portfolio on the synthetic suite or on graph files.
 
-python benchmarks/solver/table.py [--solver NAME] [graph.json | suite name ...]
+python -m benchmarks.solver.table [--solver NAME] [graph.json | suite name ...]
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ import argparse
 import time
 from pathlib import Path
 
-from graphs import SUITE
-
-from rematerialize.ir import TrainingGraph
+from benchmarks.solver.suite import find, small
 from rematerialize.simulate import simulate
 from rematerialize.solve import Planner
 
@@ -25,8 +23,8 @@ def main() -> None:
     parser.add_argument("--solver", default="auto")
     options = parser.parse_args()
     print(f"{'graph':24s}{'ops':>6s}" + "".join(f"{p:>7d}" for p in PERCENTS) + "   min%  over%  len x   cpu s")
-    for name in options.graphs or SUITE:
-        graph = SUITE[name]() if name in SUITE else TrainingGraph.from_json(Path(name).read_text())
+    for name in options.graphs or small():
+        graph = find(name)
         start = time.process_time()
         planner = Planner(graph, solver=options.solver)
         least, full = planner.minimum(), planner.store_all()

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from rematerialize.solve.native import chain_fill
 from rematerialize.solve.segments import Segmentation
 from rematerialize.solve.step import Plan, Step
 
@@ -59,12 +60,36 @@ class ChainTables:
         self.count = len(self.segments)
         self.slots = slots
         self.slot_bytes = max(reach / slots, 1.0)
-        shape = (self.count + 1, self.count + 1, slots + 1)
+        shape = (self.count + 1, self.count, slots + 1)
         self.cost = np.full(shape, np.inf)
-        self.choice = np.full((self.count, self.count, slots + 1), -1, dtype=np.int16)
+        self.choice = np.full((self.count, self.count, slots + 1), -1, dtype=np.int32)
         self.shift = self._distances()
         self.options = max(len(s.options) for s in self.segments)
-        self._fill()
+        if not chain_fill(self.slot_bytes, self.options, self._tables()):
+            self._fill()
+
+    def _tables(self) -> dict[str, np.ndarray]:
+        """Return what the compiled recurrence reads and writes."""
+        options = [option for segment in self.segments for option in segment.options]
+        peaks = np.array([s.moving_peak_bytes for s in self.segments], dtype=np.float64)
+        rise = np.zeros((self.count, self.count))
+        for low, segment in enumerate(self.segments):  # peak of the transit from low up to k, x_low held all along
+            rise[low, low] = segment.transit_peak_bytes
+            rise[low, low + 1 :] = peaks[low + 1 :] + self.shift[low, low + 1 :] * self.slot_bytes
+            rise[low, low:] = np.maximum.accumulate(rise[low, low:])
+        return {
+            "first_option": np.cumsum([0, *(len(s.options) for s in self.segments)], dtype=np.int64),
+            "kept": np.array([self._round(o.kept_bytes) for o in options], dtype=np.int64),
+            "forward_peak": np.array([o.forward_peak_bytes for o in options], dtype=np.float64),
+            "backward_peak": np.array([o.backward_peak_bytes for o in options], dtype=np.float64),
+            "time_s": np.array([o.time_s for o in options], dtype=np.float64),
+            "base": np.array(self.parts.base_bytes, dtype=np.float64),
+            "shift": np.ascontiguousarray(self.shift),
+            "transit_s": np.concatenate(([0.0], np.cumsum([s.transit_s for s in self.segments]))),
+            "rise": rise,
+            "cost": self.cost,
+            "choice": self.choice,
+        }
 
     def spread(self, count: int) -> Iterator[Plan]:
         """Yield about ``count`` different plans, most memory first, the least memory always among them."""

@@ -1,0 +1,199 @@
+"""Binding of the compiled inner loops: a schedule that can be edited, as an object.
+
+The C beside this file is built when the package is installed. Without it (no compiler on the machine)
+`available` is False, and the portfolio does without local search: valid plans, slower ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rematerialize.solve.step import Plan, Step
+
+_OUTPUT, _GRADIENT, _TANGENT = 1, 2, 4
+_I64 = ctypes.c_int64
+_ROOM = 1 << 55  # sizes are scaled so that a few instances of every value fit 64 bits
+
+
+def _load() -> ctypes.CDLL | None:
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).parent / f"_kernel{suffix}"
+        if path.exists():
+            return _declare(ctypes.CDLL(str(path)))
+    return None
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number, real = ctypes.c_void_p, _I64, ctypes.c_double
+    signatures: dict[str, tuple[type | None, list[type]]] = {
+        "bench_new": (pointer, [pointer, number]),
+        "bench_free": (None, [pointer]),
+        "bench_length": (number, [pointer]),
+        "bench_work": (number, [pointer]),
+        "bench_makespan_s": (real, [pointer]),
+        "load": (ctypes.c_int, [pointer, pointer, number, number]),
+        "unload": (number, [pointer, pointer]),
+        "respace": (ctypes.c_int, [pointer]),
+        "peak": (number, [pointer]),
+        "spend": (ctypes.c_int, [pointer, number, real]),
+        "descend": (ctypes.c_int, [pointer, number, number, real, real, ctypes.c_int]),
+        "chain_fill": (None, [pointer]),
+        "improve": (ctypes.c_int, [pointer, number, number, real, ctypes.c_uint64]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+_library = _load()
+available = _library is not None
+
+
+class _Arrays(ctypes.Structure):
+    _fields_ = (
+        *((name, _I64) for name in ("ops", "forwards", "values")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "in_ptr", "in_val", "out_ptr", "out_val", "size", "transient", "again", "producer", "flags", "time_s",
+            )
+        ),
+    )  # fmt: skip
+
+
+class _Chain(ctypes.Structure):
+    _fields_ = (
+        *((name, _I64) for name in ("count", "slots", "options")),
+        ("slot_bytes", ctypes.c_double),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "first_option", "kept", "forward_peak", "backward_peak", "time_s",
+                "base", "shift", "transit_s", "rise", "cost", "choice",
+            )
+        ),
+    )  # fmt: skip
+
+
+def chain_fill(slot_bytes: float, options: int, tables: Mapping[str, NDArray[Any]]) -> bool:
+    """Fill the ``cost`` and ``choice`` tables of `solve.chain`; False when nothing is compiled.
+
+    ``tables`` holds C-contiguous arrays by the names of ``Chain`` in chain.c, in that order.
+    """
+    if _library is None:
+        return False
+    count, slots = tables["choice"].shape[1], tables["choice"].shape[2] - 1
+    _library.chain_fill(
+        ctypes.byref(_Chain(count, slots, options, slot_bytes, *(table.ctypes.data for table in tables.values())))
+    )
+    return True
+
+
+class FlatStep:
+    """A step as arrays for the compiled code.
+
+    Attributes
+    ----------
+    step : Step
+    scale : int
+        What sizes were divided by, rounded up (1 unless the step holds 2^55 bytes or more).
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        flags = [0] * len(step.size_bytes)
+        groups = ((step.held_outputs, _OUTPUT), (step.held_gradients, _GRADIENT), (step.tangents, _TANGENT))
+        for values, flag in groups:
+            for value in values:
+                flags[value] |= flag
+        total = sum(step.size_bytes) + max(step.transient_bytes, default=0)
+        self.scale = max(-(-total // _ROOM), 1)
+        tables: dict[str, Sequence[int]] = {
+            "in_ptr": [0, *accumulate(map(len, step.inputs))],
+            "in_val": [value for row in step.inputs for value in row],
+            "out_ptr": [0, *accumulate(map(len, step.outputs))],
+            "out_val": [value for row in step.outputs for value in row],
+            "size": [-(-size // self.scale) for size in step.size_bytes],
+            "transient": [-(-size // self.scale) for size in step.transient_bytes],
+            "again": step.recomputable,
+            "producer": step.producer,
+            "flags": flags,
+        }
+        arrays = {name: np.array(table, dtype=np.int64) for name, table in tables.items()}
+        arrays["time_s"] = np.array(step.time_s, dtype=np.float64)
+        self._arrays = arrays  # the structure below points into them
+        self.structure = _Arrays(
+            len(step.names), step.forwards, len(step.size_bytes), *(array.ctypes.data for array in arrays.values())
+        )
+
+
+class Workbench:
+    """A schedule under construction, with exact memory (in scaled bytes, rounded up) after every move.
+
+    Parameters
+    ----------
+    flat : FlatStep
+    length : int
+        Executions that there has to be room for.
+    """
+
+    def __init__(self, flat: FlatStep, length: int) -> None:
+        assert _library is not None, "the compiled kernel is missing"
+        self._library = _library
+        self._flat = flat
+        self.length = length
+        self._bench = _library.bench_new(ctypes.byref(flat.structure), length)
+        if not self._bench:
+            raise MemoryError(f"no memory for schedules of {length} executions")
+
+    def __del__(self) -> None:
+        if getattr(self, "_bench", None):
+            self._library.bench_free(self._bench)
+
+    def load(self, plan: Plan) -> bool:
+        """Lay a valid plan out; False when it is too long for this bench. O(length + edges)."""
+        order: NDArray[np.int64] = np.array(plan.order, dtype=np.int64)
+        return bool(self._library.load(self._bench, order.ctypes.data, len(order), plan.split))
+
+    def plan(self) -> Plan:
+        """Return the present plan."""
+        order: NDArray[np.int64] = np.zeros(self._library.bench_length(self._bench), dtype=np.int64)
+        split = self._library.unload(self._bench, order.ctypes.data)
+        return Plan(tuple(order.tolist()), int(split))
+
+    @property
+    def time_s(self) -> float:
+        """The present makespan."""
+        return float(self._library.bench_makespan_s(self._bench))
+
+    @property
+    def work(self) -> int:
+        """Moves tried since this bench was made."""
+        return int(self._library.bench_work(self._bench))
+
+    def peak_bytes(self) -> int:
+        """Return the present peak (rounded up to whole scaled bytes)."""
+        return int(self._library.peak(self._bench)) * self._flat.scale
+
+    def spend(self, budget_bytes: int, *, noise: float = 0.0) -> bool:
+        """Delete recomputations while the peak stays within a budget; True if any went."""
+        return bool(self._library.spend(self._bench, budget_bytes // self._flat.scale, noise))
+
+    def descend(self, target_bytes: int, *, rounds: int = 40, noise: float = 0.0, stretch: float = 0.25) -> bool:
+        """Insert recomputations until the peak is at most a target; False when stuck."""
+        target = target_bytes // self._flat.scale
+        return bool(self._library.descend(self._bench, target, rounds, noise, stretch, 1))
+
+    def improve(self, budget_bytes: int, work: int, *, threshold: float = 0.003, seed: int = 1) -> bool:
+        """Search around a plan within its budget until so many moves were tried; True if it got faster."""
+        budget = budget_bytes // self._flat.scale
+        return bool(self._library.improve(self._bench, budget, work, threshold, seed))

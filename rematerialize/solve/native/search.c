@@ -1,0 +1,84 @@
+/* Local search at one level: large-neighbourhood moves, accepted by a falling threshold.
+
+   Each iteration either deletes a few recomputations near a place and pays for them elsewhere (swap), drops
+   values across a place (shake), or goes a little below the level (oscillation, Glover 1989), then spends
+   what is left over. What isn't better than the threshold (Dueck and Scheuer 1990) is taken back. */
+
+#include "kernel.h"
+
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+static i64 random_below(Bench *b, i64 count) { return (i64)(uniform(b) * (double)count); }
+
+/* Delete up to `count` recomputations from a random place on. */
+static void delete_near(Bench *b, i64 count) {
+    i64 slot = random_below(b, b->slots), seen = 0;
+    for (; count > 0 && seen < b->slots; seen++, slot = slot + 1 < b->slots ? slot + 1 : 0) {
+        i64 op = b->op_at[slot];
+        if (op < 0 || op >= b->g.forwards || !has_previous(b, slot) || uniform(b) < 0.3) continue;
+        retain(b, slot);
+        count--;
+    }
+}
+
+/* Drop up to `count` values in front of readers from a random place on. */
+static void drop_near(Bench *b, i64 count, double stretch) {
+    i64 slot = random_below(b, b->slots), seen = 0;
+    for (; count > 0 && seen < b->slots; seen++, slot = slot + 1 < b->slots ? slot + 1 : 0) {
+        i64 op = b->op_at[slot];
+        if (op < 0) continue;
+        for (i64 e = b->g.in_ptr[op]; e < b->g.in_ptr[op + 1] && count > 0; e++) {
+            i64 value = b->g.in_val[e], maker = b->g.producer[value];
+            if (maker < 0 || !b->g.again[maker] || b->g.flags[value] & OUTPUT || uniform(b) < 0.5) continue;
+            int32_t previous = last_before(b, value, slot);
+            if (previous < 0 || b->event[previous].slot + SPACING >= slot) continue;
+            i64 needed = missing(b, value, slot, stretch);
+            if (needed > 0 && drop(b, needed, slot)) count--;
+        }
+    }
+}
+
+static int perturb(Bench *b, i64 budget) {
+    static const double stretches[] = {0.0, 0.25, 1.0};
+    double stretch = stretches[random_below(b, 3)], kind = uniform(b);
+    if (kind < 0.5) {
+        delete_near(b, 1 + random_below(b, 4));
+        return descend(b, budget, 12, 0.6, stretch, 0);
+    }
+    if (kind < 0.75) {
+        drop_near(b, 1 + random_below(b, 3), stretch);
+        return descend(b, budget, 12, 0.6, stretch, 0);
+    }
+    return descend(b, budget - (i64)((double)budget * 0.08 * uniform(b)), 12, 0.6, stretch, 0);
+}
+
+/* Improve the feasible schedule on the bench until `work` moves were tried; leave the best one there.
+
+   Returns 1 when it got faster. */
+int improve(Bench *b, i64 budget, i64 work, double threshold, uint64_t seed) {
+    i64 length = b->length, split = unload(b, b->saved), until = b->work + work, start = b->work, idle = 0;
+    double best_s = b->makespan_s, first_s = best_s;
+    b->random = seed * 2654435761u + 88172645463325252u;
+    while (b->work < until) {
+        double now_s = b->makespan_s;
+        double allowed = 1 + threshold * (1 - (double)(b->work - start) / (double)MAX(work, 1));
+        b->logged = 0;
+        b->work += 8; /* an iteration that finds nothing to do counts too */
+        int fits = perturb(b, budget);
+        if (fits) spend(b, budget, 0.4);
+        if (!fits || b->makespan_s > best_s * allowed || peak(b) > budget) {
+            undo_to(b, 0);
+            b->makespan_s = now_s;
+            if (++idle < 50) continue;
+        }
+        idle = 0;
+        if (b->makespan_s < best_s * (1 - 1e-12)) {
+            best_s = b->makespan_s;
+            length = b->length;
+            split = unload(b, b->saved);
+        }
+        if (!respace(b) || b->makespan_s > best_s * allowed) load(b, b->saved, length, split);
+    }
+    load(b, b->saved, length, split);
+    return best_s < first_s;
+}

@@ -1,0 +1,203 @@
+"""Polishing a portfolio's plans: at every level the best of them is searched around; the lowest are squeezed.
+
+Levels don't depend on each other in the first pass, so they run side by side on threads (the compiled code
+lets go of the interpreter); the second pass hands every level's plan up to the next. Counted work, not the
+clock, ends each search, so that plans repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from rematerialize.solve.descent import squeeze
+from rematerialize.solve.native import FlatStep, Workbench
+from rematerialize.solve.step import Plan
+
+THREADS = 2
+LONG = 6  # plans longer than this many times the step's ops aren't searched around: too slow
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A plan that was replayed; ``peak_bytes`` is its peak or a level that it fits."""
+
+    peak_bytes: int
+    time_s: float
+    length: int
+    solver: str
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much a step of a size gets, in moves of the local search.
+
+    Attributes
+    ----------
+    starts : int
+        Plans of different solvers that each level tries.
+    first, second : int
+        Moves per start, and for the best of a level.
+    squeeze : int
+        Moves for lowering the minimum, per start.
+    stride : int
+        Every how many levels are searched.
+    """
+
+    starts: int
+    first: int
+    second: int
+    squeeze: int
+    stride: int
+
+
+def effort_for(ops: int) -> Effort:
+    """Return the effort for a number of ops: a move takes longer in a longer schedule."""
+    moves = int(1_200_000 / (300 + ops))
+    if ops <= 400:
+        return Effort(5, moves, 5 * moves, 10 * moves, 1)
+    if ops <= 1500:
+        return Effort(3, moves, 2 * moves, 10 * moves, 1)
+    if ops <= 6000:
+        return Effort(2, moves, moves, 10 * moves, 2)
+    return Effort(1, 0, moves, 4 * moves, 3)
+
+
+class Polisher:
+    """Local search for one step.
+
+    Parameters
+    ----------
+    flat : FlatStep
+    replay : callable
+        Plan and solver name to Point.
+    late : callable
+        Whether the time limit has passed.
+    """
+
+    def __init__(self, flat: FlatStep, replay: Callable[[Plan, str], Point], late: Callable[[], bool]) -> None:
+        self._flat = flat
+        self._replay = replay
+        self._late = late
+        self.ops = len(flat.step.names)
+        self.effort = effort_for(self.ops)
+        self._free: list[Workbench] = []
+
+    def squeeze(self, points: Sequence[Point]) -> list[Point]:
+        """Return plans of lower peak, from the lowest of the solvers that got lowest."""
+        lowest: dict[str, Point] = {}
+        for point in sorted(points, key=by_peak):
+            if point.length <= LONG * self.ops:
+                lowest.setdefault(point.solver, point)
+
+        def run(start: Point) -> list[Point]:
+            found = []
+            with self._bench(2 * start.length + 2 * self.ops) as bench:
+                for plan in squeeze(bench, start.plan, work=self.effort.squeeze, finest=0.0005):
+                    found.append(self._replay(plan, start.solver))
+                    if self._late():
+                        break
+            return found
+
+        return [point for found in self._map(run, list(lowest.values())[: self.effort.starts]) for point in found]
+
+    def levels(self, points: Sequence[Point], levels: Sequence[int]) -> list[Point]:
+        """Return the best plan found for each level that has a start, highest first."""
+        short = [point for point in points if point.length <= LONG * self.ops]
+
+        def first(level: int) -> Point | None:
+            best: Point | None = None
+            for start in starts(short, level)[: self.effort.starts]:
+                if best is not None and self._late():
+                    break
+                found = self.at(start, level, work=self.effort.first)
+                if best is None or found.time_s < best.time_s:
+                    best = found
+            return best
+
+        def second(job: tuple[Point, int]) -> Point:
+            return job[0] if self._late() else self.at(job[0], job[1], work=self.effort.second, seed=2)
+
+        ranked = sorted({*levels}, reverse=True)
+        found = [(point, level) for point, level in zip(self._map(first, ranked), ranked, strict=True) if point]
+        found = [(point, level) for point, (_, level) in zip(self._map(second, found), found, strict=True)]
+        polished: list[Point] = []
+        lower: Point | None = None
+        for point, level in reversed(found):
+            if lower is not None:  # what a lower level found may be the better start
+                handed = self.at(lower, level, work=self.effort.first // 2, seed=3)
+                point = min(point, handed, key=lambda p: p.time_s)
+            polished.append(point)
+            lower = point
+        return polished[::-1]
+
+    def at(self, start: Point, level: int, *, work: int, seed: int = 1) -> Point:
+        """Return the best plan within a level that a search from a plan within it finds."""
+        with self._bench(2 * start.length + self.ops) as bench:
+            if not bench.load(start.plan):
+                return start
+            bench.spend(level)
+            if work:
+                bench.improve(level, work, seed=seed)
+            plan = bench.plan()
+            return Point(bench.peak_bytes(), bench.time_s, len(plan.order), start.solver, plan)
+
+    def _map(self, function: Callable[..., object], jobs: Iterable[object]) -> list:  # type: ignore[type-arg]
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(function, jobs))
+
+    def _bench(self, length: int) -> _Borrowed:
+        return _Borrowed(self._free, self._flat, length)
+
+
+class _Borrowed:
+    """A bench from the pool, or a new one when none is long enough."""
+
+    def __init__(self, free: list[Workbench], flat: FlatStep, length: int) -> None:
+        self._free = free
+        self._bench = next((b for b in list(free) if b.length >= length), None)
+        if self._bench is not None:
+            try:
+                free.remove(self._bench)
+            except ValueError:  # another thread took it
+                self._bench = None
+        if self._bench is None:
+            self._bench = Workbench(flat, length)
+
+    def __enter__(self) -> Workbench:
+        assert self._bench is not None
+        return self._bench
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._bench is not None
+        self._free.append(self._bench)
+
+
+def by_peak(point: Point) -> tuple[int, float, int]:
+    """Sort key: low peaks first, then fast ones, then short ones."""
+    return point.peak_bytes, point.time_s, point.length
+
+
+def starts(points: Iterable[Point], level: int) -> list[Point]:
+    """Return the fastest plan of each solver within a level, two of the solver that leads."""
+    chosen: list[Point] = []
+    count: dict[str, int] = {}
+    seen: set[float] = set()
+    for point in sorted(points, key=lambda p: (p.time_s, p.peak_bytes)):
+        taken = count.get(point.solver, 0)
+        if point.peak_bytes <= level and taken < 1 + (not chosen) and point.time_s not in seen:
+            count[point.solver] = taken + 1
+            seen.add(point.time_s)
+            chosen.append(point)
+    return chosen
+
+
+def fronts(points: Iterable[Point]) -> Iterator[Point]:
+    """Yield the Pareto front of peak and time, by rising peak."""
+    best = float("inf")
+    for point in sorted(points, key=by_peak):
+        if point.time_s < best:
+            best = point.time_s
+            yield point
