@@ -77,7 +77,7 @@ def synthetic() -> Graphs:
 
 
 def find(name: str) -> TrainingGraph:
-    """Return the graph of a file, or of a name in any suite, captured ones before synthetic ones (`graphs.SUITE` included).
+    """Return the graph of a file, or of a name in any suite: captured ones first, then those of `graphs.py`.
 
     Raises
     ------
