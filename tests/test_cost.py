@@ -92,7 +92,8 @@ def test_an_lstm_layer_takes_the_flops_of_its_two_products_per_step() -> None:
             self.rnn = nn.LSTM(16, 24)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.rnn(x)[0].square().mean()
+            loss: Tensor = self.rnn(x)[0].square().mean()
+            return loss
 
     graph = kernels_of(Recurrent(), torch.randn(10, 4, 16))
     heads = [k.head for k in graph.kernels if k.calls]

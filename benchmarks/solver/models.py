@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -265,7 +266,8 @@ def _t5() -> Made:
 def _swin() -> Made:
     from transformers import SwinConfig, SwinForImageClassification
 
-    config = SwinConfig(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], num_labels=1000)
+    make: Any = SwinConfig
+    config = make(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], num_labels=1000)
     inputs = {"pixel_values": torch.randn(64, 3, 224, 224), "labels": torch.zeros(64, dtype=torch.long)}
     return SwinForImageClassification(config).train(), inputs
 
@@ -284,10 +286,11 @@ class Denoising(nn.Module):
 
 def _unet2d_condition() -> Made:
     """The U-Net of Stable Diffusion 1.5, which is diffusers' default but for the text's width."""
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
+    make: Any = diffusers.UNet2DConditionModel
     with _half():
-        model = Denoising(UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
+        model = Denoising(make(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
         latents, text = torch.randn(16, 4, 64, 64), torch.randn(16, 77, 768)
     return model.train(), (latents, torch.zeros(16, dtype=torch.long), text, torch.zeros_like(latents))
 
