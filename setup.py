@@ -13,6 +13,7 @@ setup(
             sources=sorted(path.as_posix() for path in NATIVE.glob("*.c")),
             depends=[(NATIVE / "kernel.h").as_posix()],
             extra_compile_args=["-O2", "-std=c11", "-ffp-contract=off"],
+            libraries=["m"],
             optional=True,  # without a compiler the solvers do without local search
         )
     ]

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from rematerialize.solve.native import chain_fill
+from rematerialize.solve.native import FlatStep, chain_fill
 from rematerialize.solve.segments import Segmentation
 from rematerialize.solve.step import Plan, Step
 
@@ -37,13 +37,13 @@ def chain(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
     """
     if step.forwards == 0 or step.forwards == len(step.names):
         return
-    parts = Segmentation(step, SEGMENTS)
+    flat, parts = FlatStep(step), Segmentation(step, SEGMENTS)
     full = lowest = step.peak_bytes(step.store_all())
     reach = full
     for _ in range(3):
-        tables = ChainTables(step, parts, reach)
+        tables = ChainTables(flat, parts, reach)
         for plan in tables.spread(PLANS if len(step.names) < LARGE else PLANS // 3):
-            lowest = min(lowest, step.peak_bytes(plan))
+            lowest = min(lowest, flat.peak_bytes(plan))
             yield plan
         if lowest * 5 // 4 > reach * 2 // 3:
             break
@@ -53,8 +53,9 @@ def chain(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
 class ChainTables:
     """The filled tables: ``cost[s, t, m]`` in seconds, ``choice[s, t, m]`` (option, or k + options)."""
 
-    def __init__(self, step: Step, parts: Segmentation, reach: int, *, slots: int = SLOTS) -> None:
-        self.step = step
+    def __init__(self, flat: FlatStep, parts: Segmentation, reach: int, *, slots: int = SLOTS) -> None:
+        self.step = flat.step
+        self.flat = flat
         self.parts = parts
         self.segments = self.parts.segments
         self.count = len(self.segments)
@@ -187,4 +188,4 @@ class ChainTables:
                 order.extend(op for op in segment.options[high].forward if self.step.recomputable[op])
             else:
                 order.extend(segment.transit)
-        return self.step.prune(order, split)
+        return self.flat.prune(order, split)

@@ -49,9 +49,10 @@ class Planner:
         self._solvers = solvers
         self._time_limit_s = time_limit_s
         self._step = compile_step(graph)
+        self._flat = FlatStep(self._step)
         self._store_all = self._point(self._step.store_all(), "store_all")
         self._deadline = float("inf")
-        self._polisher = Polisher(FlatStep(self._step), self._point, self._late) if refine and available else None
+        self._polisher = Polisher(self._flat, self._point, self._late) if refine and available else None
         self._between: dict[tuple[int, int], Point] = {}
         self._archive: list[Point] = []
 
@@ -148,7 +149,7 @@ class Planner:
 
     def _point(self, plan: Plan, solver: str) -> Point:
         order = plan.order
-        return Point(self._step.peak_bytes(plan), self._step.duration_s(order), len(order), solver, plan)
+        return Point(self._flat.peak_bytes(plan), self._step.duration_s(order), len(order), solver, plan)
 
     def _schedule(self, point: Point, budget_bytes: int) -> Schedule:
         names = [self._step.names[op] for op in point.plan.order]

@@ -45,6 +45,12 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "peak": (number, [pointer]),
         "spend": (ctypes.c_int, [pointer, number, real]),
         "descend": (ctypes.c_int, [pointer, number, number, real, real, ctypes.c_int]),
+        "replay_peak": (number, [pointer, pointer, number, number]),
+        "prune": (number, [pointer, pointer, number, number, pointer]),
+        "sweep": (
+            number,
+            [pointer, pointer, pointer, number, number, real, real, number, pointer, pointer],
+        ),
         "chain_fill": (None, [pointer]),
         "improve": (ctypes.c_int, [pointer, number, number, real, ctypes.c_uint64]),
     }
@@ -130,10 +136,56 @@ class FlatStep:
         }
         arrays = {name: np.array(table, dtype=np.int64) for name, table in tables.items()}
         arrays["time_s"] = np.array(step.time_s, dtype=np.float64)
+        self._users: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
         self._arrays = arrays  # the structure below points into them
         self.structure = _Arrays(
             len(step.names), step.forwards, len(step.size_bytes), *(array.ctypes.data for array in arrays.values())
         )
+
+
+    def peak_bytes(self, plan: Plan) -> int:
+        """Return the peak memory of a plan. O(length + edges)."""
+        if _library is None or self.scale > 1:
+            return self.step.peak_bytes(plan)
+        order: NDArray[np.int64] = np.array(plan.order, dtype=np.int64)
+        structure = ctypes.byref(self.structure)
+        return int(_library.replay_peak(structure, order.ctypes.data, len(order), plan.split))
+
+    def prune(self, order: Sequence[int], split: int) -> Plan:
+        """Return the plan without executions whose results nobody reads. O(length + edges)."""
+        if _library is None:
+            return self.step.prune(order, split)
+        array: NDArray[np.int64] = np.array(order, dtype=np.int64)
+        kept = _I64()
+        structure = ctypes.byref(self.structure)
+        count = _library.prune(structure, array.ctypes.data, len(array), split, ctypes.byref(kept))
+        return Plan(tuple(array[:count].tolist()), kept.value)
+
+    def sweep(
+        self, budget_bytes: int, *, slack_bytes: int, size_power: float, distance_power: float, longest: int
+    ) -> Plan | None:
+        """Walk the step within a budget, evicting what is cheapest to have again (`solve.sweep`); None if stuck."""
+        assert _library is not None, "the compiled kernel is missing"
+        if self._users is None:
+            users = self.step.users
+            pointer = np.array([0, *accumulate(map(len, users))], dtype=np.int64)
+            self._users = pointer, np.array([op for row in users for op in row], dtype=np.int64)
+        pointer, users_of = self._users
+        order: NDArray[np.int64] = np.zeros(longest + 2, dtype=np.int64)
+        split = _I64()
+        length = _library.sweep(
+            ctypes.byref(self.structure),
+            pointer.ctypes.data,
+            users_of.ctypes.data,
+            budget_bytes // self.scale,
+            slack_bytes // self.scale,
+            size_power,
+            distance_power,
+            longest,
+            order.ctypes.data,
+            ctypes.byref(split),
+        )
+        return None if length < 0 else self.prune(order[:length].tolist(), split.value)
 
 
 class Workbench:
