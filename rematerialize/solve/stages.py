@@ -119,12 +119,14 @@ class Stages:
         return reach
 
     def _choose(self, limit: int) -> list[int]:
+        """Return the ends of the stages: few values cross, few bytes, and those saved for the backward anyway."""
         count, size = len(self.forward), self.step.size_bytes
         number, total = [0] * (count + 2), [0] * (count + 2)
         for value, reach in self._reach.items():
             at = self._at[self.step.producer[value]]
             if reach > at:
-                for change, amount in ((number, 1), (total, size[value])):
+                spare = not any(user >= self.step.forwards for user in self.step.users[value])
+                for change, amount in ((number, 1), (total, size[value] << spare)):
                     change[at + 1] += amount
                     change[reach + 1] -= amount
         for at in range(1, count + 1):
