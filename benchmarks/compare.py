@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import platform
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +37,7 @@ from benchmarks.harness import (
     time_interleaved,
 )
 from benchmarks.models import MODELS, ModelSpec, Scale
+from benchmarks.provenance import commit, device, today
 from benchmarks.records import OURS, Cell, Comparison, ModelResult
 from benchmarks.render import markdown
 
@@ -196,29 +195,12 @@ def without_paths(text: str) -> str:
     return re.sub(r"(?:/[\w.+-]+)+/(?=[\w.+-])", "", text)
 
 
-def _commit() -> str:
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../rematerialize", ".")
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else "")
-
-
-def _device() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def _describe(arguments: list[str], scale: Scale) -> Comparison:
     return Comparison(
         command=shlex.join(["python", "-m", "benchmarks.compare", *arguments]),
-        commit=_commit(),
-        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        device=_device(),
+        commit=commit(),
+        date=today(),
+        device=device(),
         threads=torch.get_num_threads(),
         versions={
             "python": platform.python_version(),
