@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import isqrt
 
+from rematerialize.solve.reaches import Reaches
 from rematerialize.solve.segments import Segmentation
 from rematerialize.solve.step import Plan, Step
 
@@ -20,14 +21,15 @@ def blocks(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
     """Yield one plan per number of blocks. O(ops + edges) per plan."""
     if step.forwards == len(step.names):
         return
+    reaches = Reaches(step)
     for count in sorted({*COUNTS, isqrt(step.forwards)}):
         if 1 < count <= step.forwards:
-            yield per_block(step, count)
+            yield per_block(reaches, count)
 
 
-def per_block(step: Step, count: int) -> Plan:
+def per_block(reaches: Reaches, count: int) -> Plan:
     """Return the plan with ``count`` blocks."""
-    parts = Segmentation(step, count, options=False).segments
+    step, parts = reaches.step, Segmentation(reaches, count, options=False).segments
     order = list(range(step.forwards))
     for at in range(len(parts) - 1, -1, -1):
         part = parts[at]

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from rematerialize.solve.native import FlatStep, chain_fill
+from rematerialize.solve.reaches import Reaches
 from rematerialize.solve.segments import Segmentation
 from rematerialize.solve.step import Plan, Step
 
@@ -37,7 +38,7 @@ def chain(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
     """
     if step.forwards == 0 or step.forwards == len(step.names):
         return
-    flat, parts = FlatStep(step), Segmentation(step, SEGMENTS)
+    flat, parts = FlatStep(step), Segmentation(Reaches(step), SEGMENTS)
     full = lowest = step.peak_bytes(step.store_all())
     reach = full
     for _ in range(3):

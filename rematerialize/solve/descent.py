@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from rematerialize.solve.native import FlatStep, Workbench, available
 from rematerialize.solve.step import Plan, Step
 
-LARGEST = 30_000  # ops beyond which a descent from store-all is too slow for what it gives
+LARGEST = 5_000  # ops beyond which a descent from store-all is too slow for what it gives
 ROOM = 4  # executions, as a multiple of the step's ops
 STRETCHES = (0.25, 0.0, 1.0)
 

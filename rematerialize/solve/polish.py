@@ -16,6 +16,7 @@ from rematerialize.solve.native import FlatStep, Workbench
 from rematerialize.solve.step import Plan
 
 THREADS = 2
+LARGE = 5000  # ops beyond which schedules are only spent on, not searched around
 LONG = 6  # plans longer than this many times the step's ops aren't searched around: too slow
 
 
@@ -60,9 +61,9 @@ def effort_for(ops: int) -> Effort:
         return Effort(5, moves, 5 * moves, 10 * moves, 1)
     if ops <= 1500:
         return Effort(3, moves, 2 * moves, 10 * moves, 1)
-    if ops <= 6000:
+    if ops <= LARGE:
         return Effort(2, moves, moves, 10 * moves, 2)
-    return Effort(1, 0, moves, 4 * moves, 3)
+    return Effort(1, 0, 0, 0, 3)
 
 
 class Polisher:
@@ -88,6 +89,8 @@ class Polisher:
     def squeeze(self, points: Sequence[Point]) -> list[Point]:
         """Return plans of lower peak, from the lowest of the solvers that got lowest."""
         lowest: dict[str, Point] = {}
+        if not self.effort.squeeze:
+            return []
         for point in sorted(points, key=by_peak):
             if point.length <= LONG * self.ops:
                 lowest.setdefault(point.solver, point)
@@ -122,11 +125,12 @@ class Polisher:
 
         ranked = sorted({*levels}, reverse=True)
         found = [(point, level) for point, level in zip(self._map(first, ranked), ranked, strict=True) if point]
-        found = [(point, level) for point, (_, level) in zip(self._map(second, found), found, strict=True)]
+        if self.effort.second:
+            found = [(point, level) for point, (_, level) in zip(self._map(second, found), found, strict=True)]
         polished: list[Point] = []
         lower: Point | None = None
         for point, level in reversed(found):
-            if lower is not None:  # what a lower level found may be the better start
+            if (lower is not None and lower.time_s < point.time_s) or (self.effort.first and lower is not None):  # what a lower level found may be the better start
                 handed = self.at(lower, level, work=self.effort.first // 2, seed=3)
                 point = min(point, handed, key=lambda p: p.time_s)
             polished.append(point)
@@ -138,7 +142,7 @@ class Polisher:
         with self._bench(2 * start.length + self.ops) as bench:
             if not bench.load(start.plan):
                 return start
-            bench.spend(level)
+            bench.spend(level, rounds=20 if self.ops <= LARGE else 2)
             if work:
                 bench.improve(level, work, seed=seed)
             plan = bench.plan()

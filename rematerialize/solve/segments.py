@@ -10,11 +10,10 @@ skip is paid for once.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from rematerialize.solve.step import Step
+from rematerialize.solve.reaches import Reaches
 
 MAX_OPTIONS = 8
 BATCHES = 12  # steps from saving all of a large segment's values down to none
@@ -77,15 +76,16 @@ class Segmentation:
         Backward values and held outputs in memory just before segment t's backward begins.
     """
 
-    def __init__(self, step: Step, limit: int, *, options: bool = True) -> None:
-        self.step = step
-        self.level = backward_levels(step)
-        self.reach = [self._reach(value) for value in range(len(step.size_bytes))]
-        self.backward_bytes, between = self._backward_memory()
+    def __init__(self, reaches: Reaches, limit: int, *, options: bool = True) -> None:
+        step = self.step = reaches.step
+        self.level, self.reach = reaches.level, reaches.reach
+        self.backward_bytes, between = reaches.backward_bytes, reaches.between
+        self.crossing_bytes, self._permanent = reaches.crossing_bytes, reaches.permanent
         cuts = self._cuts(limit)
+        sets = self._crossings(cuts)
         self.segments = [
-            Segment(start, stop, [], previous, self._crossing(start), self._crossing(stop))
-            for previous, start, stop in zip([0, *cuts], cuts, cuts[1:], strict=False)
+            Segment(start, stop, [], previous, below, above)
+            for previous, start, stop, below, above in zip([0, *cuts], cuts, cuts[1:], sets, sets[1:], strict=False)
         ]
         at = len(self.segments) - 1
         self.base_bytes = [between[-1]] * len(self.segments)
@@ -101,73 +101,24 @@ class Segmentation:
         for segment, following in zip(self.segments, [*self.segments[1:], None], strict=True):
             self._fill(segment, following)
 
-    def _reach(self, value: int) -> int:
-        """Return the last forward position that can ask for a value, -1 when it is always there."""
-        step = self.step
-        producer = step.producer[value]
-        if producer < 0 or producer >= step.forwards or self._permanent(value):
-            return -1
-        users = step.users[value]
-        return max((u if u < step.forwards else self.level[u - step.forwards] for u in users), default=-1)
-
-    def _permanent(self, value: int) -> bool:
-        step = self.step
-        return value in step.held_outputs or not step.recomputable[step.producer[value]]
-
-    def _backward_memory(self) -> tuple[list[int], list[int]]:
-        """Return memory of all that no plan decides, while each backward op runs and between them."""
-        step = self.step
-        first, count = step.forwards, len(step.names) - step.forwards
-        delta, ends = [0] * (count + 1), [0] * (count + 1)
-        for value, size in enumerate(step.size_bytes):
-            producer = step.producer[value]
-            birth = producer - first
-            death = max(step.users[value][-1] - first if step.users[value] else birth, birth)
-            if 0 <= producer < first:
-                if not self._permanent(value):
-                    continue
-                birth = 0
-                death = bisect_right(self.level, -producer, key=lambda level: -level) - 1
-            elif producer < 0:
-                birth = 0
-            if value in step.held_gradients or value in step.held_outputs:
-                death = count - 1
-            if death >= birth:
-                delta[birth] += size
-                ends[death + 1] += size
-        live, running, between = 0, [], []
-        for at in range(count):
-            live -= ends[at]
-            between.append(live)
-            live += delta[at]
-            running.append(live + step.transient_bytes[first + at])
-        between.append(live)
-        if count:
-            between[0] = sum(s for v, s in enumerate(step.size_bytes) if v in step.held_outputs)
-        return running, between
-
-    def _crossing(self, cut: int) -> frozenset[int]:
-        step = self.step
-        return frozenset(value for op in range(cut) for value in step.outputs[op] if self.reach[value] >= cut)
+    def _crossings(self, cuts: Sequence[int]) -> list[frozenset[int]]:
+        """Return the crossing set of each cut. O(ops + cuts x values that cross)."""
+        found, live, done = [], list[int](), 0
+        for cut in cuts:
+            live += [value for op in range(done, cut) for value in self.step.outputs[op]]
+            live = [value for value in live if self.reach[value] >= cut]
+            found.append(frozenset(live))
+            done = cut
+        return found
 
     def _cuts(self, limit: int) -> list[int]:
         """Return cut positions: in each of ``limit`` windows the one that the fewest bytes cross."""
-        step = self.step
-        delta = [0] * (step.forwards + 2)
-        for op in range(step.forwards):
-            for value in step.outputs[op]:
-                if self.reach[value] > op:
-                    delta[op + 1] += step.size_bytes[value]
-                    delta[self.reach[value] + 1] -= step.size_bytes[value]
-        crossing, live = [], 0
-        for change in delta:
-            live += change
-            crossing.append(live)
-        windows = min(limit, step.forwards)
-        cuts = {0, step.forwards}
+        forwards, crossing = self.step.forwards, self.crossing_bytes
+        windows = min(limit, forwards)
+        cuts = {0, forwards}
         for window in range(1, windows):
-            low = window * step.forwards // windows - step.forwards // windows // 2
-            high = (window + 1) * step.forwards // windows - step.forwards // windows // 2
+            low = window * forwards // windows - forwards // windows // 2
+            high = (window + 1) * forwards // windows - forwards // windows // 2
             cuts.add(min(range(low, max(high, low + 1)), key=lambda p: (crossing[p], p)))
         return sorted(cuts)
 
@@ -282,19 +233,6 @@ class Segmentation:
                     live.remove(value)
                     memory -= size[value]
         return peak
-
-
-def backward_levels(step: Step) -> list[int]:
-    """Return for each backward op the highest forward op that it or a later one needs, else -1."""
-    levels, highest = [], -1
-    for op in range(len(step.names) - 1, step.forwards - 1, -1):
-        for value in step.inputs[op]:
-            producer = step.producer[value]
-            if producer < step.forwards and value not in step.held_outputs:
-                highest = max(highest, producer)
-        levels.append(highest)
-    levels.reverse()
-    return levels
 
 
 def _pareto(options: list[Option]) -> list[Option]:

@@ -43,7 +43,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "unload": (number, [pointer, pointer]),
         "respace": (ctypes.c_int, [pointer]),
         "peak": (number, [pointer]),
-        "spend": (ctypes.c_int, [pointer, number, real]),
+        "spend": (ctypes.c_int, [pointer, number, number, real]),
         "descend": (ctypes.c_int, [pointer, number, number, real, real, ctypes.c_int]),
         "replay_peak": (number, [pointer, pointer, number, number]),
         "prune": (number, [pointer, pointer, number, number, pointer]),
@@ -236,9 +236,9 @@ class Workbench:
         """Return the present peak (rounded up to whole scaled bytes)."""
         return int(self._library.peak(self._bench)) * self._flat.scale
 
-    def spend(self, budget_bytes: int, *, noise: float = 0.0) -> bool:
+    def spend(self, budget_bytes: int, *, rounds: int = 20, noise: float = 0.0) -> bool:
         """Delete recomputations while the peak stays within a budget; True if any went."""
-        return bool(self._library.spend(self._bench, budget_bytes // self._flat.scale, noise))
+        return bool(self._library.spend(self._bench, budget_bytes // self._flat.scale, rounds, noise))
 
     def descend(self, target_bytes: int, *, rounds: int = 40, noise: float = 0.0, stretch: float = 0.25) -> bool:
         """Insert recomputations until the peak is at most a target; False when stuck."""

@@ -79,7 +79,7 @@ i64 missing(Bench *b, i64 value, i64 reader, double stretch);
 int drop(Bench *b, i64 count, i64 reader);
 
 /* polish.c */
-int spend(Bench *b, i64 budget, double noise);
+int spend(Bench *b, i64 budget, i64 rounds, double noise);
 int descend(Bench *b, i64 target, i64 rounds, double noise, double stretch, int may_respace);
 void sort_by_worth(Bench *b, i64 count);
 double uniform(Bench *b);

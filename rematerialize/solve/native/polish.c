@@ -106,9 +106,9 @@ static int spend_once(Bench *b, i64 budget, double noise) {
 }
 
 /* Delete recomputations while the peak stays within the budget; 1 if any went. */
-int spend(Bench *b, i64 budget, double noise) {
+int spend(Bench *b, i64 budget, i64 rounds, double noise) {
     int changed = 0;
-    for (int round = 0; round < 20 && spend_once(b, budget, noise); round++) changed = 1;
+    for (i64 round = 0; round < rounds && spend_once(b, budget, noise); round++) changed = 1;
     return changed;
 }
 

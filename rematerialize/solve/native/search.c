@@ -65,7 +65,7 @@ int improve(Bench *b, i64 budget, i64 work, double threshold, uint64_t seed) {
         b->logged = 0;
         b->work += 8; /* an iteration that finds nothing to do counts too */
         int fits = perturb(b, budget);
-        if (fits) spend(b, budget, 0.4);
+        if (fits) spend(b, budget, 20, 0.4);
         if (!fits || b->makespan_s > best_s * allowed || peak(b) > budget) {
             undo_to(b, 0);
             b->makespan_s = now_s;
