@@ -248,6 +248,8 @@ def _join_moves(chains: Sequence[Chain], state: Machine, stacked: bool) -> Itera
             yield chain.forward_s[at], run, Machine(stack, reached, to, state.left)
         if not kept:
             yield chain.forward_s[at], run, Machine(new, reached, to, state.left)
+        if (c, at, True) in stack:
+            return
         saved = Machine((*new, (c, at, True)), reached, to if forward else None, state.left)
         yield chain.forward_s[at], memory + chain.saving_peak_bytes[at], saved
 
@@ -276,7 +278,7 @@ def _join_moves(chains: Sequence[Chain], state: Machine, stacked: bool) -> Itera
     if state.running is not None:
         c, at = state.running
         if at < state.left[c]:
-            yield from steps(c, at, False, True)
+            yield from steps(c, at, (c, at, False) in stack, True)
         if not stacked:
             yield 0.0, 0, Machine(stack, state.reached, None, state.left)
         return
@@ -285,4 +287,4 @@ def _join_moves(chains: Sequence[Chain], state: Machine, stacked: bool) -> Itera
             if c == head or not state.left[head]:
                 yield from back(c)
         elif at + whole < state.left[c] and (c == head or not state.left[head]):
-            yield from steps(c, at + whole, not whole, False)
+            yield from steps(c, at + whole, (c, at + whole, False) in stack, False)
