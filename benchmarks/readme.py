@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.records import Cell, Comparison, ModelResult
+from benchmarks.solver.report import summary
 from rematerialize.report.table import markdown_table
 from rematerialize.units import format_bytes, format_percent, format_seconds
 
@@ -107,7 +108,7 @@ def _peers_cell(cell: Cell | None) -> str:
     return text if cell.status == "ok" else f"~~{text}~~"
 
 
-PARTS: dict[str, Callable[[], str]] = {"demo": demo, "peers": peers}
+PARTS: dict[str, Callable[[], str]] = {"demo": demo, "peers": peers, "solver": summary}
 
 
 def rewritten(text: str) -> str:
