@@ -39,14 +39,13 @@ from numba import njit
 
 from rematerialize.solve import rotor
 from rematerialize.solve.problem import Action, Chain
-from rematerialize.solve.stages import thin
 from rematerialize.solve.step import Plan, Step
 from rematerialize.solve.towers import TowerStages, find_towers
 
 TOWERS = 4
 STAGES = {2: 24, 3: 11, 4: 6}  # of each tower, by their number
 SLOTS = 120
-BUDGETS = {2: 30, 3: 16, 4: 12}  # memories to solve for, likewise
+BUDGETS = {2: 48, 3: 24, 4: 16}  # memories to solve for, likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +68,11 @@ def join(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
     low = solver.least()
     if low < 0:
         return
-    for at in reversed(thin(solver.slots - low + 1, BUDGETS[len(found.towers)])):
-        solution = solver.solve(low + at)
+    count = BUDGETS[len(found.towers)] - 1
+    # Denser near the least memory, where other solvers fall behind.
+    slots = {low + (solver.slots - low) * at * at // (count * count) for at in range(count + 1)}
+    for slot in sorted(slots, reverse=True):
+        solution = solver.solve(slot)
         if solution is not None:
             yield stages.plan((work.chain, work.action) for work in solution.works)
 
