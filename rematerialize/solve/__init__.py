@@ -10,8 +10,12 @@ from rematerialize.schedule import Schedule
 from rematerialize.solve.blocks import blocks
 from rematerialize.solve.chain import chain
 from rematerialize.solve.descent import descent
+from rematerialize.solve.exact import exact
+from rematerialize.solve.join import join
 from rematerialize.solve.planner import Planner as _Planner
 from rematerialize.solve.planner import Solver
+from rematerialize.solve.revolve import revolve
+from rematerialize.solve.rotor import rotor
 from rematerialize.solve.sweep import sweep
 
 __all__ = ["Planner", "Solver", "frontier", "minimum", "solve", "solvers", "store_all"]

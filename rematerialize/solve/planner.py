@@ -19,7 +19,8 @@ from rematerialize.solve.polish import LONG, Point, Polisher, fronts
 from rematerialize.solve.step import Plan, Step, compile_step
 
 HALVINGS = 7  # of the room between two archived peaks, down to the budget that was asked for
-NEAR = (0, 1, 2, 4, 7, 11, 16, 25)  # levels near the minimum, in percent above it
+LEVELS = 18  # between the minimum and store-all
+NEAR = (0, 1, 2, 4, 7, 11)  # more levels near the minimum, in percent above it
 Solver = Callable[[Step, Sequence[int]], Iterable[Plan]]
 
 
@@ -55,6 +56,7 @@ class Planner:
         self._polisher = Polisher(self._flat, self._point, self._late) if refine and available else None
         self._between: dict[tuple[int, int], Point] = {}
         self._archive: list[Point] = []
+        self._raw: list[Point] = []
 
     def store_all(self) -> Schedule:
         """Return the schedule that recomputes nothing."""
@@ -98,33 +100,36 @@ class Planner:
         return time.monotonic() > self._deadline
 
     def _search(self) -> list[Point]:
-        """Run the portfolio once; return the Pareto front by rising peak and falling time."""
+        """Run the portfolio once; return the Pareto front of the levels that were searched, by rising peak."""
         if self._archive:
             return self._archive
         self._deadline = time.monotonic() + (self._time_limit_s or float("inf"))
         points = [self._store_all]
         high = self._store_all.peak_bytes
-        levels = [high * percent // 100 for percent in range(95, 3, -5)]
+        asked = [high * percent // 100 for percent in range(95, 3, -5)]
         for name, solver in self._solvers.items():
-            for plan in solver(self._step, levels):
+            for plan in solver(self._step, asked):
                 points.append(self._point(plan, name))
                 if self._late():
                     break
+        levels: list[Point] = []
         if self._polisher:
             points += self._polisher.squeeze(points)
             least = min(point.peak_bytes for point in points)
-            near = [min(least * (100 + percent) // 100, high) for percent in NEAR]
             stride = self._polisher.effort.stride
-            points += self._polisher.levels(points, [*levels[::stride], *near[::stride]])
-        self._archive = list(fronts(points))
+            wanted = [least + (high - least) * part // LEVELS for part in range(1, LEVELS)][::stride]
+            wanted += [min(least * (100 + percent) // 100, high) for percent in NEAR][::stride]
+            levels = self._polisher.levels(points, wanted)
+        self._raw = list(fronts(points))
+        self._archive = list(fronts([*levels, self._raw[0], self._store_all] if levels else points))
         return self._archive
 
     def _finish(self, index: int, budget_bytes: int) -> Point:
         """Return what a search for the budget itself makes of the archived plan below it.
 
-        The room up to the next archived peak is halved again and again towards the budget. A level's plan
-        is searched for from the plan below it and kept only if it isn't faster than the one above, so that
-        every budget sees the same levels and overhead never rises with the budget.
+        The room up to the next archived level is halved again and again towards the budget. A halfway plan
+        is searched for from the best plans below it and kept only if it isn't faster than the level above,
+        so that every budget sees the same levels and overhead never rises with the budget.
         """
         low, best = self._archive[index].peak_bytes, self._archive[index]
         if self._polisher is None or index + 1 == len(self._archive) or best.length > LONG * self._polisher.ops:
@@ -136,16 +141,21 @@ class Planner:
             if level <= low:
                 break
             if (low, high) not in self._between:
-                found = self._polisher.at(best, level, work=self._polisher.effort.first, seed=4)
+                start = min(best, self._fastest_within(level), key=lambda point: point.time_s)
+                found = self._polisher.at(start, level, work=2 * self._polisher.effort.first, seed=4)
                 if found.time_s < above.time_s:
-                    found = self._polisher.at(best, level, work=0)
+                    found = self._polisher.at(start, level, work=0)
                 self._between[low, high] = found if above.time_s <= found.time_s < best.time_s else best
             middle = self._between[low, high]
             if level <= budget_bytes:
                 low, best = level, middle
             else:
                 high, above = level, middle
-        return best
+        return min(best, self._fastest_within(budget_bytes), key=lambda point: point.time_s)
+
+    def _fastest_within(self, budget_bytes: int) -> Point:
+        """Return the fastest plan of the portfolio itself, not searched around, within a budget."""
+        return self._raw[bisect_right(self._raw, budget_bytes, key=lambda point: point.peak_bytes) - 1]
 
     def _point(self, plan: Plan, solver: str) -> Point:
         order = plan.order

@@ -16,7 +16,10 @@ from rematerialize.solve.native import FlatStep, Workbench
 from rematerialize.solve.step import Plan
 
 THREADS = 2
-LARGE = 5000  # ops beyond which schedules are only spent on, not searched around
+RESTART = 15_000  # moves after which a search starts again from its best plan
+THRESHOLDS = (0.003, 0.03, 0.1)  # how much slower a plan may be to go on from, restart by restart
+SMALL = 400  # ops up to which quality goes before a second's wait
+LARGE = 12_000  # ops beyond which schedules are only spent on, not searched around
 LONG = 6  # plans longer than this many times the step's ops aren't searched around: too slow
 
 
@@ -55,14 +58,12 @@ class Effort:
 
 
 def effort_for(ops: int) -> Effort:
-    """Return the effort for a number of ops: a move takes longer in a longer schedule."""
-    moves = int(1_200_000 / (300 + ops))
-    if ops <= 400:
-        return Effort(5, moves, 5 * moves, 10 * moves, 1)
-    if ops <= 1500:
-        return Effort(3, moves, 2 * moves, 10 * moves, 1)
+    """Return the effort for a number of ops: about a second for up to 1,000, then in proportion."""
+    if ops <= SMALL:
+        return Effort(4, 5_000, 30_000, 40_000, 1)
     if ops <= LARGE:
-        return Effort(2, moves, moves, 10 * moves, 2)
+        share = max(ops, 1_000) // 100
+        return Effort(2, 30 * share, 80 * share, 300 * share, 1 if ops <= 2_000 else 2)
     return Effort(1, 0, 0, 0, 3)
 
 
@@ -143,8 +144,8 @@ class Polisher:
             if not bench.load(start.plan):
                 return start
             bench.spend(level, rounds=20 if self.ops <= LARGE else 2)
-            if work:
-                bench.improve(level, work, seed=seed)
+            for turn, part in enumerate(_turns(work)):
+                bench.improve(level, part, threshold=THRESHOLDS[turn % len(THRESHOLDS)], seed=seed + turn)
             plan = bench.plan()
             return Point(bench.peak_bytes(), bench.time_s, len(plan.order), start.solver, plan)
 
@@ -177,6 +178,12 @@ class _Borrowed:
     def __exit__(self, *exception: object) -> None:
         assert self._bench is not None
         self._free.append(self._bench)
+
+
+def _turns(work: int) -> list[int]:
+    """Split the work of one search into restarts from its best plan: variety is worth more than length."""
+    count = max(work // RESTART, min(work, 1))
+    return [work // count] * count if count else []
 
 
 def by_peak(point: Point) -> tuple[int, float, int]:

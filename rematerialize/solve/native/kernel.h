@@ -58,6 +58,8 @@ typedef struct {
     i64 *rank, *rank_spare;
     i64 *saved;                    /* the best order of a search */
     uint64_t random;
+    i64 touched_low, touched_high; /* hull of all that changed since a search last reset it */
+    i64 focus_low, focus_high;     /* where `spend` looks for recomputations to delete */
     i64 work;                      /* moves tried, for limits that don't depend on the clock */
 } Bench;
 

@@ -73,13 +73,20 @@ static double noisy(Bench *b, double value, double noise) {
     return noise > 0 ? value * (1 + noise * (uniform(b) - 0.5)) : value;
 }
 
+/* Whether holding what the execution at a slot makes, from its use before on, would cross the focus. */
+static int in_focus(const Bench *b, i64 op, i64 slot) {
+    int32_t made = b->first[slot] + (int32_t)(b->g.in_ptr[op + 1] - b->g.in_ptr[op]);
+    return slot >= b->focus_low && b->event[b->event[made].before].slot < b->focus_high;
+}
+
 static int spend_once(Bench *b, i64 budget, double noise) {
     i64 count = 0;
     int applied = 0;
     set_prices(b, budget);
-    for (i64 slot = 0; slot < b->slots; slot++) {
+    b->work += b->slots >> 9;
+    for (i64 slot = b->focus_low; slot < b->slots; slot++) {
         i64 op = b->op_at[slot], mark = b->logged;
-        if (op < 0 || op >= b->g.forwards || !has_previous(b, slot)) continue;
+        if (op < 0 || op >= b->g.forwards || !has_previous(b, slot) || !in_focus(b, op, slot)) continue;
         double before_s = b->makespan_s;
         retain(b, slot);
         if (fits(b, budget)) {
@@ -205,6 +212,7 @@ static int descend_once(Bench *b, i64 target, double noise, double stretch, int 
         if (first < 0) first = slot;
     }
     b->price[b->slots] = running;
+    b->work += b->slots >> 8;
     if (first < 0) return 0;
     i64 blocked = droppable(b, first, last, noise, stretch, &count);
     sort_by_worth(b, count);

@@ -81,6 +81,8 @@ int load(Bench *b, const i64 *order, i64 length, i64 split) {
     b->length = length;
     b->events = b->logged = b->ranges = 0;
     b->makespan_s = 0.0;
+    b->focus_low = 0;
+    b->focus_high = b->slots;
     for (i64 value = 0; value < g->values; value++) b->head[value] = b->tail[value] = -1;
     for (i64 slot = 0; slot < b->slots; slot++) b->op_at[slot] = -1;
     for (i64 k = 0; k <= length; k++) {
@@ -174,6 +176,8 @@ static void change(Bench *b, i64 start, i64 stop, i64 size) {
     stop = MIN(stop, b->slots);
     if (start >= stop || size == 0) return;
     add(b, start, stop, size);
+    b->touched_low = MIN(b->touched_low, start);
+    b->touched_high = MAX(b->touched_high, stop);
     if (b->ranges < b->event_space) b->range[b->ranges++] = (Range){start, stop, size};
 }
 

@@ -64,7 +64,11 @@ int improve(Bench *b, i64 budget, i64 work, double threshold, uint64_t seed) {
         double allowed = 1 + threshold * (1 - (double)(b->work - start) / (double)MAX(work, 1));
         b->logged = 0;
         b->work += 8; /* an iteration that finds nothing to do counts too */
+        b->touched_low = b->slots;
+        b->touched_high = 0;
         int fits = perturb(b, budget);
+        b->focus_low = b->touched_low;
+        b->focus_high = b->touched_high;
         if (fits) spend(b, budget, 20, 0.4);
         if (!fits || b->makespan_s > best_s * allowed || peak(b) > budget) {
             undo_to(b, 0);
