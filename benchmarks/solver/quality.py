@@ -31,6 +31,7 @@ from benchmarks.solver.records import (
     gap_of,
     least_bound,
     resumed,
+    time_bound,
 )
 from benchmarks.solver.suite import small
 from rematerialize.errors import BudgetError
@@ -133,7 +134,9 @@ def measure(name: str, stored: dict[str, Any] | None, effort: Effort) -> tuple[G
         bench.exact(least - 1, effort.exact_s, bench.best(least))
     leasts["known"] = min(plan.peak_bytes for plan in bench.known.plans)
     cells = tuple(_cell(bench, plan, full.time_s) for plan in plans)
-    row = GraphQuality(name, len(graph.ops), full.peak_bytes, cpu_s, cells, leasts, least_bound(bench.step))
+    bound = least_bound(bench.step)
+    assert leasts["known"] >= (bound or 0), "the lower bound is wrong: a known plan's peak is below it"
+    row = GraphQuality(name, len(graph.ops), full.peak_bytes, cpu_s, cells, leasts, bound)
     return row, bench.known.to_dict()
 
 
@@ -141,6 +144,8 @@ def _cell(bench: _Bench, plan: Schedule, full_s: float) -> QualityCell:
     best = bench.known.best(plan.budget_bytes)
     assert best is not None, "auto's plan is known"
     equal = plan.time_s <= best.time_s * (1 + EQUAL)
+    bound_s = time_bound(bench.step, plan.budget_bytes) or 0.0
+    assert best.time_s >= bound_s * (1 - EQUAL), "the lower bound is wrong: a known plan is below it"
     return QualityCell(
         budget_bytes=plan.budget_bytes,
         overhead=plan.time_s / full_s - 1,
@@ -197,7 +202,9 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.solver.quality", description=__doc__)
     parser.add_argument("graphs", nargs="*", metavar="GRAPH")
-    parser.add_argument("--exact-s", type=float, default=0.0, help="CP-SAT's deterministic seconds per budget")
+    parser.add_argument(
+        "--exact-s", type=float, default=0.0, help="CP-SAT's deterministic seconds per budget: about ten of CPU each"
+    )
     parser.add_argument("--long", type=int, default=0, help="long random searches per budget")
     parser.add_argument("--seed", type=int, default=0, help="first seed of the long searches")
     parser.add_argument("--jobs", type=int, default=1, help="graphs side by side")

@@ -229,8 +229,16 @@ def gap_of(schedule: Schedule, step: Step) -> float | None:
     own: float | None = getattr(schedule, "gap", None)
     if own is not None:
         return own
-    bound_s = _bounds("makespan_bound", step, schedule.budget_bytes)
-    return None if not bound_s else max(schedule.time_s / bound_s - 1, 0.0)
+    bound_s = time_bound(step, schedule.budget_bytes)
+    if not bound_s:
+        return None
+    assert schedule.time_s >= bound_s * (1 - EQUAL), "the lower bound is wrong: a valid schedule is below it"
+    return max(schedule.time_s / bound_s - 1, 0.0)
+
+
+def time_bound(step: Step, budget_bytes: int) -> float | None:
+    """Return a lower bound in seconds of every schedule within a budget; None without `solve.bounds`."""
+    return _bounds("makespan_bound", step, budget_bytes)
 
 
 def least_bound(step: Step) -> int | None:
