@@ -44,7 +44,7 @@ def per_block(reaches: Reaches, count: int, *, boundaries_again: bool = False) -
             kept = frozenset[int]() if boundaries_again else part.above
             order += _recomputed(step, part, kept)
         order += part.backward
-    return step.prune(order, step.forwards)
+    return reaches.flat.prune(order, step.forwards)
 
 
 def _recomputed(step: Step, part: Segment, kept: frozenset[int]) -> list[int]:

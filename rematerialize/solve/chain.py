@@ -38,7 +38,8 @@ def chain(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
     """
     if step.forwards == 0 or step.forwards == len(step.names):
         return
-    flat, parts = FlatStep(step), Segmentation(Reaches(step), SEGMENTS)
+    reaches = Reaches(step)
+    flat, parts = reaches.flat, Segmentation(reaches, SEGMENTS)
     full = lowest = step.peak_bytes(step.store_all())
     reach = full
     for _ in range(3):

@@ -120,7 +120,7 @@ class Planner:
             wanted = [least + (high - least) * part // LEVELS for part in range(1, LEVELS)][::stride]
             wanted += [min(least * (100 + percent) // 100, high) for percent in NEAR][::stride]
             levels = self._polisher.levels(points, wanted)
-        self._raw = list(fronts(points))
+        self._raw = list(fronts([*points, *levels]))
         self._archive = list(fronts([*levels, self._raw[0], self._store_all] if levels else points))
         return self._archive
 

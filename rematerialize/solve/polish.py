@@ -19,6 +19,7 @@ THREADS = 2
 RESTART = 15_000  # moves after which a search starts again from its best plan
 THRESHOLDS = (0.003, 0.03, 0.1)  # how much slower a plan may be to go on from, restart by restart
 SMALL = 400  # ops up to which quality goes before a second's wait
+MEDIUM = 3_000  # ops up to which every level is searched
 LARGE = 12_000  # ops beyond which schedules are only spent on, not searched around
 LONG = 6  # plans longer than this many times the step's ops aren't searched around: too slow
 
@@ -61,9 +62,11 @@ def effort_for(ops: int) -> Effort:
     """Return the effort for a number of ops: about a second for up to 1,000, then in proportion."""
     if ops <= SMALL:
         return Effort(4, 5_000, 30_000, 40_000, 1)
-    if ops <= LARGE:
+    if ops <= MEDIUM:
         share = max(ops, 1_000) // 100
-        return Effort(2, 30 * share, 80 * share, 300 * share, 1 if ops <= 2_000 else 2)
+        return Effort(2, 150 * share, 1_000 * share, 1_000 * share, 1)
+    if ops <= LARGE:
+        return Effort(2, 20 * (ops // 100), 300 * (ops // 100), 300 * (ops // 100), 2)
     return Effort(1, 0, 0, 0, 3)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from itertools import accumulate
 
+from rematerialize.solve.native import FlatStep
 from rematerialize.solve.step import Step
 
 
@@ -13,6 +14,8 @@ class Reaches:
 
     Attributes
     ----------
+    flat : FlatStep
+        The step for compiled code.
     level : list of int
         For each backward op the highest forward op that it or a later one needs (`backward_levels`).
     reach : list of int
@@ -25,6 +28,7 @@ class Reaches:
 
     def __init__(self, step: Step) -> None:
         self.step = step
+        self.flat = FlatStep(step)
         self.level = backward_levels(step)
         self.reach = [self._reach(value) for value in range(len(step.size_bytes))]
         self.backward_bytes, self.between = self._backward_memory()
