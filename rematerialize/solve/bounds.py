@@ -10,11 +10,12 @@ from __future__ import annotations
 from math import inf
 
 from rematerialize.solve.necessity import Necessity
-from rematerialize.solve.relaxation import Relaxation
+from rematerialize.solve.relaxation import SAFETY, Relaxation
 from rematerialize.solve.step import Step
 
-MOMENTS = 4096  # most ops at which necessities are measured
-EXPANSIONS = 2_000_000  # values that all windows together follow upstream
+MOMENTS = 4096  # most ops at which necessities are measured,
+MEASURED = 40_000_000  # and most of them times ops
+EXPANSIONS = 400_000  # values that all windows together follow upstream
 
 
 def minimum_bytes_bound(step: Step) -> int:
@@ -35,12 +36,15 @@ def minimum_bytes_bound(step: Step) -> int:
        L(x) = min(memory at a with x, max(memory of its producer's run, max over its inputs y of L(y)))
        is a bound. What is not followed upstream counts nothing.
 
-    On steps of more than `MOMENTS` ops, 1 and 4 are taken at the ops with the largest operands only.
+    On steps of many ops (see `MOMENTS`, `MEASURED`), 1 and 4 are taken at the ops with the largest operands only.
     O((values + edges) x moments / machine word).
     """
+    return _minimum(step, Necessity(step))
+
+
+def _minimum(step: Step, need: Necessity) -> int:
     if not step.names:
         return 0
-    need = Necessity(step)
     moments = _largest(step, need)
     nodes = [need.node(op) for op in moments]
     windows = {op: _latest_before(need, op) for op in moments if op >= need.split and need.reads(op)}
@@ -54,13 +58,17 @@ def minimum_bytes_bound(step: Step) -> int:
     if step.forwards < len(step.names):
         best = max(best, totals[len(moments)])
     offset = len(moments) + 1
+    upstream = _upstream(need)
     for at, (op, start) in enumerate(windows.items()):
+        within = totals[offset + len(starts) + at]
+        if within + max(upstream[value] for value in need.reads(op)) <= best:
+            continue  # computing it all again is no worse than what is known
         at_start = totals[offset + at] + (need.own(_op(need, start)) if start != need.split else 0)
-        best = _window(need, op, start, at_start, totals[offset + len(starts) + at], best, EXPANSIONS // len(windows))
+        best = _window(need, op, start, at_start, within, best, upstream, EXPANSIONS // len(windows))
     return best * need.unit
 
 
-def makespan_bound(step: Step, budget_bytes: int) -> float:
+def makespan_bound(step: Step, budget_bytes: int, *, effort: float = 1.0) -> float:
     """Return a time in seconds that no valid schedule within the budget is below; inf if none fits.
 
     Notes
@@ -69,12 +77,12 @@ def makespan_bound(step: Step, budget_bytes: int) -> float:
     only where `minimum_bytes_bound` or a fixed moment of the relaxation exceeds the budget. The result is
     lowered by a relative 1e-9, far more than the rounding of its sums. About 1 ms per op.
     """
-    once = sum(step.time_s) * (1 - 1e-12)
+    need = Necessity(step)
     if not step.names:
         return 0.0
-    if minimum_bytes_bound(step) > budget_bytes:
+    if _minimum(step, need) > budget_bytes:
         return inf
-    return max(once, Relaxation(step, budget_bytes).bound_s())
+    return max(sum(step.time_s) * (1 - SAFETY), Relaxation(need, budget_bytes, effort).bound_s())
 
 
 def _op(need: Necessity, node: int) -> int:
@@ -83,12 +91,8 @@ def _op(need: Necessity, node: int) -> int:
 
 def _largest(step: Step, need: Necessity) -> list[int]:
     """Return the ops whose operands are the largest, at most MOMENTS, in the graph's order."""
-
-    def operands(op: int) -> int:
-        return need.transients[op] + sum(need.sizes[value] for value in (*step.inputs[op], *step.outputs[op]))
-
     ops = range(len(step.names))
-    return sorted(sorted(ops, key=operands, reverse=True)[:MOMENTS])
+    return sorted(sorted(ops, key=need.operands, reverse=True)[: min(MOMENTS, MEASURED // len(ops) + 1)])
 
 
 def _latest_before(need: Necessity, op: int) -> int:
@@ -108,23 +112,37 @@ def _end(step: Step, need: Necessity) -> int:
     return ends + max(late, min(added, default=0))
 
 
-def _window(need: Necessity, op: int, start: int, at_start: int, within: int, best: int, limit: int) -> int:
+def _upstream(need: Necessity) -> list[int]:
+    """Return for each value the largest run, of its producer or of what that reads, if all is computed again."""
+    step, most = need.step, [0] * len(need.sizes)
+    for op in range(step.forwards):
+        if step.recomputable[op]:
+            run = max([need.own(op, again=True), *(most[value] for value in need.reads(op, again=True))])
+            for value in step.outputs[op]:
+                most[value] = run
+    return most
+
+
+def _window(
+    need: Necessity, op: int, start: int, at_start: int, within: int, best: int, upstream: list[int], limit: int
+) -> int:
     """Return the better of a bound and claim 4 for one backward op."""
-    step, floor = need.step, need.split
-    there = frozenset(need.reads(_op(need, start))) if start != floor else frozenset[int]()
+    step = need.step
+    there = frozenset(need.reads(_op(need, start))) if start != need.split else frozenset[int]()
 
     def kept(value: int) -> int:
         return at_start + (0 if value in there else need.sizes[value])
 
-    stack, seen = need.reads(op), set(need.reads(op))
-    follow: list[int] = []
+    def raises(value: int) -> bool:
+        return min(kept(value), within + upstream[value]) > best
+
+    stack = [value for value in need.reads(op) if raises(value)]
+    seen, follow = set(stack), list[int]()
     while stack and len(follow) < limit:
-        value = stack.pop()
-        if kept(value) > best:
-            follow.append(value)
-            fresh = [v for v in need.reads(step.producer[value], again=True) if v not in seen]
-            seen.update(fresh)
-            stack += fresh
+        follow.append(stack.pop())
+        fresh = [v for v in need.reads(step.producer[follow[-1]], again=True) if v not in seen and raises(v)]
+        seen.update(fresh)
+        stack += fresh
     least: dict[int, int] = {}
     for value in sorted(follow, key=lambda v: step.producer[v]):
         maker = step.producer[value]

@@ -155,6 +155,11 @@ class Necessity:
                 size += self.sizes[value]
         return size
 
+    def operands(self, op: int) -> int:
+        """Return the size of what an op reads, writes and works with."""
+        values = (*self.step.inputs[op], *self.step.outputs[op])
+        return self.transients[op] + sum(self.sizes[value] for value in values)
+
     def reads(self, op: int, *, again: bool = False) -> list[int]:
         """Return the values that an op reads and that are not live for certain: some run had to make them."""
         pinned = self.step.held_outputs if again or op >= self.split else frozenset[int]()
