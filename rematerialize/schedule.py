@@ -38,6 +38,8 @@ class Schedule:
         Makespan: the sum of the times of everything that it runs.
     minimum_bytes : int
         The smallest budget for which the solver found a schedule.
+    gap : float, optional
+        Makespan over a proven lower bound of every schedule within the budget, minus 1; None if none was made.
 
     Examples
     --------
@@ -53,6 +55,7 @@ class Schedule:
     peak_bytes: int
     time_s: float
     minimum_bytes: int
+    gap: float | None = None
 
     def verify(self) -> Schedule:
         """Return the schedule itself; raise ScheduleError when a field has a wrong type or range.
@@ -74,6 +77,8 @@ class Schedule:
             raise ScheduleError(f"schedule: solver must be a string, got {self.solver!r}")
         if not isinstance(self.time_s, float) or not math.isfinite(self.time_s) or self.time_s < 0:
             raise ScheduleError(f"schedule: time_s must be a finite number >= 0, got {self.time_s!r}")
+        if self.gap is not None and (not isinstance(self.gap, float) or not self.gap >= 0):
+            raise ScheduleError(f"schedule: gap must be a number >= 0 or null, got {self.gap!r}")
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,15 +103,18 @@ class Schedule:
             raise ScheduleError(f"schedule: format is {data.get('format')!r}, need {FORMAT!r}")
         values: dict[str, Any] = {}
         for key in cls.__slots__:
+            if key not in data and key == "gap":
+                continue
             if key not in data:
                 raise ScheduleError(f"schedule: the key {key!r} is missing")
             value = data[key]
             values[key] = tuple(value) if isinstance(value, list) else value
-        if isinstance(values["time_s"], int) and not isinstance(values["time_s"], bool):
-            try:
-                values["time_s"] = float(values["time_s"])
-            except OverflowError:
-                raise ScheduleError("schedule: time_s is too large for a float") from None
+        for key in ("time_s", "gap"):
+            if isinstance(values.get(key), int) and not isinstance(values[key], bool):
+                try:
+                    values[key] = float(values[key])
+                except OverflowError:
+                    raise ScheduleError(f"schedule: {key} is too large for a float") from None
         return cls(**values).verify()
 
 

@@ -5,6 +5,8 @@ Adding a solver: one file with a function of the type `Solver`, one line in `_RE
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from rematerialize.ir import TrainingGraph
 from rematerialize.schedule import Schedule
 from rematerialize.solve.blocks import blocks
@@ -16,7 +18,7 @@ from rematerialize.solve.planner import Planner as _Planner
 from rematerialize.solve.planner import Solver
 from rematerialize.solve.revolve import revolve
 from rematerialize.solve.rotor import rotor
-from rematerialize.solve.sweep import sweep
+from rematerialize.solve.sweep import least, sweep
 
 __all__ = ["Planner", "Solver", "frontier", "minimum", "solve", "solvers", "store_all"]
 
@@ -26,12 +28,17 @@ _REGISTRY: dict[str, Solver] = {
     "descent": descent,
     "chain": chain,
     "sweep": sweep,
+    "least": least,
+    "rotor": rotor,
+    "revolve": revolve,
+    "join": join,
 }
+_EXTRA: dict[str, Solver] = {"exact": exact}  # by name only: too slow for the portfolio, or an extra is needed
 
 
 def solvers() -> dict[str, Solver]:
     """Return the registered solvers by name; "auto" stands for all of them together."""
-    return dict(_REGISTRY)
+    return {**_REGISTRY, **(_EXTRA if find_spec("ortools") else {})}
 
 
 class Planner(_Planner):
@@ -48,9 +55,9 @@ def _portfolio(solver: str | Solver) -> dict[str, Solver]:
         return {getattr(solver, "__name__", "custom"): solver}
     if solver == "auto":
         return dict(_REGISTRY)
-    if solver not in _REGISTRY:
-        raise ValueError(f"unknown solver {solver!r}; known: auto, {', '.join(_REGISTRY)}")
-    return {solver: _REGISTRY[solver]}
+    if solver not in solvers():
+        raise ValueError(f"unknown solver {solver!r}; known: auto, {', '.join(solvers())}")
+    return {solver: solvers()[solver]}
 
 
 def solve(

@@ -14,13 +14,15 @@ from rematerialize.errors import BudgetError
 from rematerialize.ir import TrainingGraph
 from rematerialize.schedule import Schedule
 from rematerialize.simulate import simulate
+from rematerialize.solve.bounds import makespan_bound
 from rematerialize.solve.native import FlatStep, available
-from rematerialize.solve.polish import LONG, Point, Polisher, fronts
+from rematerialize.solve.polish import LONG, SMALL, Point, Polisher, fronts
 from rematerialize.solve.step import Plan, Step, compile_step
 
 HALVINGS = 7  # of the room between two archived peaks, down to the budget that was asked for
 LEVELS = 18  # between the minimum and store-all
 NEAR = (0, 1, 2, 4, 7, 11)  # more levels near the minimum, in percent above it
+FINE, COARSE = 0.2, 0.05  # effort of the lower bound, for small steps and others
 Solver = Callable[[Step, Sequence[int]], Iterable[Plan]]
 
 
@@ -57,6 +59,7 @@ class Planner:
         self._between: dict[tuple[int, int], Point] = {}
         self._archive: list[Point] = []
         self._raw: list[Point] = []
+        self._bounds: dict[int, float] = {}
 
     def store_all(self) -> Schedule:
         """Return the schedule that recomputes nothing."""
@@ -167,4 +170,15 @@ class Planner:
         result = simulate(self.graph, forward, backward)
         assert result.peak_bytes <= budget_bytes, "the solvers' memory model disagrees with the judge"
         least = self._archive[0].peak_bytes if self._archive else point.peak_bytes
-        return Schedule(forward, backward, budget_bytes, point.solver, result.peak_bytes, result.time_s, least)
+        gap = self._gap(result.time_s, budget_bytes)
+        return Schedule(forward, backward, budget_bytes, point.solver, result.peak_bytes, result.time_s, least, gap)
+
+    def _gap(self, time_s: float, budget_bytes: int) -> float:
+        """Return how far a makespan is above what no schedule within the budget can beat."""
+        if time_s <= self._store_all.time_s:
+            return 0.0
+        if budget_bytes not in self._bounds:
+            effort = FINE if len(self._step.names) <= SMALL else COARSE
+            self._bounds[budget_bytes] = makespan_bound(self._step, budget_bytes, effort=effort)
+        bound_s = self._bounds[budget_bytes]
+        return max(time_s / bound_s - 1, 0.0) if bound_s else float("inf")

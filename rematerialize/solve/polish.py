@@ -134,7 +134,9 @@ class Polisher:
         polished: list[Point] = []
         lower: Point | None = None
         for point, level in reversed(found):
-            if (lower is not None and lower.time_s < point.time_s) or (self.effort.first and lower is not None):  # what a lower level found may be the better start
+            if (lower is not None and lower.time_s < point.time_s) or (
+                self.effort.first and lower is not None
+            ):  # what a lower level found may be the better start
                 handed = self.at(lower, level, work=self.effort.first // 2, seed=3)
                 point = min(point, handed, key=lambda p: p.time_s)
             polished.append(point)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from rematerialize.solve.bounds import minimum_bytes_bound
 from rematerialize.solve.native import FlatStep, available
 from rematerialize.solve.step import Plan, Step
 
@@ -17,6 +18,8 @@ SLACK = 60  # an eviction frees 1/SLACK of the budget more than it has to, so th
 MAX_STRETCH = 6  # give up when a sweep runs more than this many times the step's ops
 TINY = 300  # ops up to which every level is tried
 SMALL = 1500  # ops up to which every score is tried
+LONGEST = 200_000  # executions of a plan near the least memory
+BISECTIONS = 12
 LARGE = 12_000  # ops beyond which the sweep is too slow for what it adds
 SCORES = ((1.0, 1.0), (0.7, 0.3))  # powers of size and distance
 
@@ -41,3 +44,28 @@ def sweep(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
             if plan is None:
                 break
             yield plan
+
+
+def least(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
+    """Yield plans at falling budgets, by bisection, down to the least at which a sweep finds one.
+
+    Plans may be long here (chains recomputed from their start): up to `LONGEST` executions.
+    """
+    if len(step.names) > LARGE or not available or step.forwards == len(step.names):
+        return
+    flat = FlatStep(step)
+    longest = min(max(MAX_STRETCH, step.forwards) * len(step.names), LONGEST)
+    low, high = minimum_bytes_bound(step), step.peak_bytes(step.store_all())
+    for trial in range(BISECTIONS):
+        budget = low if trial == 0 else (low + high) // 2
+        for slack in (0, budget // SLACK):
+            plan = flat.sweep(budget, slack_bytes=slack, size_power=1.0, distance_power=1.0, longest=longest)
+            if plan is not None:
+                break
+        if plan is None:
+            low = budget
+        else:
+            yield plan
+            high = min(flat.peak_bytes(plan), budget)
+        if high <= low + 1:
+            break
