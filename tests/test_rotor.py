@@ -11,9 +11,8 @@ from hypothesis import given, settings
 
 from benchmarks.solver import graphs
 from rematerialize.ir import TrainingGraph
-from rematerialize.solve import rotor as module
 from rematerialize.solve.problem import Chain, spell
-from rematerialize.solve.rotor import Table, rotor, solve
+from rematerialize.solve.rotor import STAGES, Table, rotor, solve
 from rematerialize.solve.stages import Stages
 from rematerialize.solve.step import compile_step
 from tests.machines import chain_graph, paper_chains, replay, search
@@ -147,6 +146,6 @@ def test_plans_of_a_uniform_chain_reach_far_below_store_all() -> None:
 def test_a_very_long_chain_is_cut_to_a_bounded_number_of_stages() -> None:
     step = compile_step(graphs.chain(20_000))
     start = time.monotonic()
-    stages = Stages(step, module.STAGES)
-    assert len(stages.chain) <= module.STAGES
+    stages = Stages(step, STAGES)
+    assert len(stages.chain) <= STAGES
     assert time.monotonic() - start < 10

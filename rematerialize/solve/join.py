@@ -15,15 +15,16 @@ middle of recomputing a piece of it. What rule 2 costs is not proven: a piece wh
 way could be left half done for another tower's sake. A search without it over 450 random networks of two
 towers of one or two stages found nothing better at any of 2,700 budgets.
 
-The program runs over the stack from its bottom. State: (t_1 .. t_k, f, K), stages below t_i being those
-of tower i on the stack, K the memory that they keep, f which a_{t_i} are part of a saved stage. In it
-either stage t_i of a tower is saved or a_{t_i} is kept and stages up to some e are passed:
+The program runs over the stack from its bottom. State: (t_1 .. t_k, f, m), stages below t_i being those
+of tower i on the stack, f which a_{t_i} are part of a saved stage, m the memory that the stack leaves. In
+it either stage t_i of a tower is saved or a_{t_i} is kept and stages up to some e are passed; what is left
+of the step then costs
 
-    V(.., e, .., K + kept) = V(.., t_i, .., K) + sum of u_F + C_i(t_i, e-1, M - K - kept - others' gradients)
+    V(.., t_i, .., m) = sum of u_F + C_i(t_i, e-1, m - kept - others' gradients) + V(.., e, .., m - kept)
 
-with C_i rotor's table of tower i, the forward of the piece fitting beside K and the values that the other
-towers have reached, and in the end C_head(M - K - outputs not yet counted). Within the class this is
-optimal, exactly so when a slot divides every size. O(prod(n_i + 1) 2^k slots sum(n_i)) for one memory M.
+with C_i rotor's table of tower i, the forward of the piece fitting in m beside the values that the other
+towers have reached, and in the end C_head(m - outputs not yet counted). Within the class this is optimal,
+exactly so when a slot divides every size. O(prod(n_i + 1) 2^k slots sum(n_i)) for all memories together.
 
 `join` applies it to steps whose forward has such towers, on at most `TOWERS` of them.
 """
@@ -35,10 +36,11 @@ from dataclasses import dataclass
 from math import inf, prod
 
 import numpy as np
-from numba import njit
 
-from rematerialize.solve import rotor
-from rematerialize.solve.problem import Action, Chain
+from rematerialize.solve.native import JoinTables, available
+from rematerialize.solve.problem import Action, Chain, vocabulary
+from rematerialize.solve.rotor import slot_of
+from rematerialize.solve.rotor import solve as solve_chain
 from rematerialize.solve.step import Plan, Step
 from rematerialize.solve.towers import TowerStages, find_towers
 
@@ -58,7 +60,7 @@ class Work:
 
 def join(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
     """Yield plans for memories from what suffices to store all down to the least; none without towers."""
-    found = find_towers(step, TOWERS)
+    found = find_towers(step, TOWERS) if available else None
     if found is None:
         return
     stages = TowerStages(step, found, STAGES[len(found.towers)])
@@ -104,94 +106,70 @@ class Solver:
     def __init__(self, towers: tuple[Chain, ...], head: Chain, reach_bytes: int, *, slots: int = SLOTS) -> None:
         self.towers = towers
         self.head = head
-        self.slot_bytes = rotor.slot_of((*towers, head), reach_bytes, slots)
+        self.slot_bytes = slot_of((*towers, head), reach_bytes, slots)
         self.slots = reach_bytes // self.slot_bytes
-        self.tables = [rotor.solve(c, reach_bytes, slot_bytes=self.slot_bytes) for c in (*towers, head)]
-        self._base_bytes = max(head.held_bytes[0] - sum(tower.held_bytes[-1] for tower in towers), 0)
-        self._lengths = np.array([len(tower) for tower in towers])
-        longest, count = int(self._lengths.max()), len(towers)
-        self._costs = np.full((count, longest, longest, self.slots + 1), inf)
+        self.tables = [solve_chain(c, reach_bytes, slot_bytes=self.slot_bytes) for c in (*towers, head)]
+        self._words = [[Work(at, action) for action in vocabulary(len(c))] for at, c in enumerate(towers)]
+        self._tables = self._fill()
+        self._finite = np.isfinite(self._tables.cost[0])
+
+    def _fill(self) -> JoinTables:
+        towers, count, longest = self.towers, len(self.towers), max(map(len, self.towers))
+        base = max(self.head.held_bytes[0] - sum(tower.held_bytes[-1] for tower in towers), 0)
+        lengths = [len(tower) for tower in towers]
+        times = np.zeros((2, count, longest))
+        sizes = np.zeros((6, count, longest + 1), dtype=np.int64)
+        pieces = np.full((count, longest, longest, self.slots + 1), inf)
         for at, tower in enumerate(towers):
-            self._costs[at, : len(tower), : len(tower)] = self.tables[at].cost
-        self._sizes = np.zeros((6, count, longest + 1), dtype=np.int64)
-        for at, tower in enumerate(towers):
-            for row, sizes in enumerate(_sizes(tower)):
-                self._sizes[row, at, : len(sizes)] = sizes
-        self._times = np.zeros((2, count, longest))
-        for at, tower in enumerate(towers):
-            self._times[:, at, : len(tower)] = (tower.forward_s, tower.backward_s)
-        strides = [prod(len(later) + 1 for later in towers[at + 1 :]) for at in range(count)]
-        self._strides = np.array(strides) * (1 << count)
+            times[:, at, : len(tower)] = (tower.forward_s, tower.backward_s)
+            pieces[at, : len(tower), : len(tower)] = self.tables[at].cost
+            for row, of_tower in enumerate(_sizes(tower)):
+                sizes[row, at, : len(of_tower)] = of_tower
+        states = prod(length + 1 for length in lengths) << count
+        strides = [prod(length + 1 for length in lengths[at + 1 :]) << count for at in range(count)]
+        tables = {
+            "length": np.array(lengths, dtype=np.int64),
+            "stride": np.array(strides, dtype=np.int64),
+            **dict(zip(("forward_s", "backward_s"), times, strict=True)),
+            **dict(zip(("value", "held", "saved", "transit", "saving", "backward"), sizes, strict=True)),
+            "piece_s": pieces,
+            "head_s": self.tables[-1].cost[0, -1],
+            "cost": np.empty((states, self.slots + 1)),
+            "least": np.empty(states, dtype=np.int64),
+        }
+        return JoinTables((count, longest, self.slots, self.slot_bytes, base, states), tables)
 
     def least(self) -> int:
-        """Return the least number of slots with a schedule, -1 when there is none. O(log slots) programs."""
-        if self.solve(self.slots) is None:
-            return -1
-        low, high = -1, self.slots
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.solve(middle) is None else (low, middle)
-        return high
+        """Return the least number of slots with a schedule, -1 when there is none."""
+        return int(self._finite.argmax()) if self._finite.any() else -1
 
     def solve(self, slots: int) -> Solution | None:
-        """Return the fastest stacked schedule in a number of slots, None when there is none."""
+        """Return the fastest stacked schedule in a number of slots, None when there is none. O(its length)."""
         slots = min(slots, self.slots)
-        count = len(self.towers)
-        states = prod(int(n) + 1 for n in self._lengths) << count
-        cost = np.full((states, slots + 1), inf)
-        origin = np.full((states, slots + 1), -1, dtype=np.int32)
-        cost[0, 0] = 0.0
-        _fill(
-            cost, origin, self._costs, self._lengths, self._strides, self._times, self._sizes,
-            self._base_bytes, self.slot_bytes,
-        )  # fmt: skip
-        best, end, kept = inf, -1, 0
-        for flags in range(1 << count):
-            state = int((self._lengths * self._strides).sum()) + flags
-            outputs = [t.value_bytes[-1] for at, t in enumerate(self.towers) if not flags >> at & 1]
-            left = slots - self._slots_of(sum(outputs))
-            for memory in range(max(left, -1) + 1):
-                time_s = float(cost[state, memory] + self.tables[-1].cost[0, -1, left - memory])
-                if time_s < best:
-                    best, end, kept = time_s, state, memory
-        if end < 0:
+        rows = self._tables.pieces(slots)
+        if rows is None:
             return None
-        return Solution(best, tuple(self._works(origin, end, kept, slots)))
+        return Solution(float(self._tables.cost[0, slots]), tuple(self._works(rows)))
 
-    def _works(self, origin: np.ndarray, state: int, kept: int, slots: int) -> Iterator[Work]:
-        count = len(self.towers)
-        forward: list[list[Work]] = []
+    def thresholds(self) -> list[int]:
+        """Return the numbers of slots at which the makespan falls, least first."""
+        whole = self._tables.cost[0]
+        return [int(at) for at in np.flatnonzero(self._finite & (whole < np.concatenate(([inf], whole[:-1]))))]
+
+    def _works(self, rows: list[list[int]]) -> Iterator[Work]:
+        *pieces, (head_slots, *_) = rows
         backward: list[list[Work]] = []
-        flags = state & ((1 << count) - 1)
-        outputs = [t.value_bytes[-1] for at, t in enumerate(self.towers) if not flags >> at & 1]
-        head = self.tables[-1].actions(slots - kept - self._slots_of(sum(outputs)))
-        while state > 0:
-            before = int(origin[state, kept])
-            reached, ends = self._decode(before), self._decode(state)
-            at = next(tower for tower in range(count) if reached[tower] != ends[tower])
-            tower, table, start, stop = self.towers[at], self.tables[at], reached[at], ends[at]
-            others = sum(t.held_bytes[reached[o]] for o, t in enumerate(self.towers) if o != at) + self._base_bytes
-            below = kept - (0 if start == 0 or before >> at & 1 else self._slots_of(tower.value_bytes[start]))
-            if state >> at & 1:
-                below -= self._slots_of(tower.saved_bytes[start])
-                forward.append([Work(at, Action("S", start))])
-                backward.append([Work(at, Action("B", start))])
+        for tower, start, stop, slots in pieces:
+            if stop == start:
+                yield self._words[tower][3 * start + 1]
+                backward.append([self._words[tower][3 * start + 2]])
             else:
-                actions = table.actions(slots - kept - self._slots_of(others), start, stop - 1)
-                forward.append([Work(at, Action("F", stage)) for stage in range(start, stop)])
-                backward.append([Work(at, action) for action in actions])
-            state, kept = before, below
-        for piece in reversed(forward):
-            yield from piece
-        yield from (Work(count, action) for action in head)
-        for piece in backward:
-            yield from piece
-
-    def _decode(self, state: int) -> list[int]:
-        return [int(state // s % (n + 1)) for s, n in zip(self._strides, self._lengths, strict=True)]
-
-    def _slots_of(self, size: int) -> int:
-        return -(-size // self.slot_bytes)
+                yield from self._words[tower][3 * start : 3 * stop : 3]
+                actions = self.tables[tower].actions(slots, start, stop - 1)
+                backward.append([Work(tower, action) for action in actions])
+        yield from (Work(len(self.towers), action) for action in self.tables[-1].actions(head_slots))
+        for works in reversed(backward):
+            yield from works
 
 
 def _sizes(tower: Chain) -> tuple[tuple[int, ...], ...]:
@@ -203,71 +181,3 @@ def _sizes(tower: Chain) -> tuple[tuple[int, ...], ...]:
         tuple(map(max, tower.saving_peak_bytes, tower.saved_bytes)),
         tower.backward_peak_bytes,
     )
-
-
-@njit(cache=True)
-def _fill(
-    cost: np.ndarray,
-    origin: np.ndarray,
-    piece_s: np.ndarray,
-    lengths: np.ndarray,
-    strides: np.ndarray,
-    times: np.ndarray,
-    sizes: np.ndarray,
-    base: int,
-    slot: int,
-) -> None:
-    count, most = len(lengths), cost.shape[1] - 1
-    value, held, saved, transit, saving, backward = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
-    reached = np.zeros(count, dtype=np.int64)
-    for state in range(cost.shape[0]):
-        lowest = most + 1
-        for memory in range(most + 1):
-            if cost[state, memory] < np.inf:
-                lowest = memory
-                break
-        if lowest > most:
-            continue
-        values, gradients = 0, base
-        for tower in range(count):
-            reached[tower] = state // strides[tower] % (lengths[tower] + 1)
-            gradients += held[tower, reached[tower]]
-            if not state >> tower & 1:
-                values += value[tower, reached[tower]]
-        for tower in range(count):
-            start = reached[tower]
-            if start == lengths[tower]:
-                continue
-            flagged = state >> tower & 1
-            own = 0 if flagged else value[tower, start]
-            others = values - own  # reached by the other towers in the forward
-            beside = gradients - held[tower, start]
-            kept = (own + slot - 1) // slot
-            plain = state - (flagged << tower)
-
-            # Save stage `start`.
-            extra = (saved[tower, start] + slot - 1) // slot
-            need = (others + saving[tower, start] + slot - 1) // slot
-            need = max(need, extra + (beside + backward[tower, start] + slot - 1) // slot)
-            after = plain + strides[tower] + (1 << tower)
-            time_s = times[0, tower, start] + times[1, tower, start]
-            for memory in range(lowest, most + 1 - kept - need):
-                if cost[state, memory] + time_s < cost[after, memory + kept + extra]:
-                    cost[after, memory + kept + extra] = cost[state, memory] + time_s
-                    origin[after, memory + kept + extra] = state
-
-            # Keep the value reached and pass stages start .. stop-1.
-            rise, passed = 0, 0.0
-            gap = (beside + slot - 1) // slot
-            for stop in range(start + 1, lengths[tower] + 1):
-                stage = stop - 1
-                passed += times[0, tower, stage]
-                rise = max(rise, transit[tower, stage] + (value[tower, stage] if stage > start else 0))
-                need = max((others + rise + slot - 1) // slot, gap)
-                after = plain + strides[tower] * (stop - start)
-                row = piece_s[tower, start, stage]
-                for memory in range(lowest, most + 1 - kept - need):
-                    time_s = cost[state, memory] + passed + row[most - memory - kept - gap]
-                    if time_s < cost[after, memory + kept]:
-                        cost[after, memory + kept] = time_s
-                        origin[after, memory + kept] = state

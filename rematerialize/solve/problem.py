@@ -27,6 +27,12 @@ class Action:
         return f"{self.kind}{self.stage}"
 
 
+def vocabulary(stages: int) -> tuple[Action, ...]:
+    """Return every action of a chain: that of code 3 stage + (0 for F, 1 for S, 2 for B) at its code."""
+    kinds: tuple[Literal["F", "S", "B"], ...] = ("F", "S", "B")
+    return tuple(Action(kind, stage) for stage in range(stages) for kind in kinds)
+
+
 @dataclass(frozen=True, slots=True)
 class Chain:
     """Times in seconds and sizes in bytes of a chain of n stages.

@@ -22,12 +22,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import comb
 
-from rematerialize.solve.problem import Action
-from rematerialize.solve.stages import Stages
+from rematerialize.solve.problem import Action, vocabulary
+from rematerialize.solve.stages import Stages, thin
 from rematerialize.solve.step import Plan, Step
 
 STAGES = 128
 SLOTS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 26, 33, 42, 54, 70, 90, 116)
+MANY = 1_000_000  # ops of all plans together beyond which fewer are
 
 
 def revolve(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
@@ -36,10 +37,9 @@ def revolve(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
         return
     stages = Stages(step, STAGES)
     count = len(stages.chain)
-    for slots in SLOTS:
-        if slots > count:
-            return
-        actions = schedule(count, slots)
+    some = [slots for slots in SLOTS if slots <= count]
+    for at in thin(len(some), max(MANY // len(step.names), 6)):
+        actions = schedule(count, some[at])
         if stages.worthwhile(actions):
             yield stages.plan(actions)
 
@@ -90,19 +90,21 @@ def schedule(length: int, slots: int) -> list[Action]:
     >>> spell(schedule(4, 2))
     'F0 F1 F2 S3 B3 F1 S2 B2 S1 B1 S0 B0'
     """
+    words = vocabulary(length)
+    forward, saving, backward = words[::3], words[1::3], words[2::3]
     found: list[Action] = []
     stack = [(0, length, slots)]  # first stage, how many, free slots with the one of the first stage's input
     while stack:
         first, count, free = stack.pop()
         if count == 1:
-            found += (Action("S", first), Action("B", first))
+            found += (saving[first], backward[first])
             continue
         if free == 1:
             for last in range(first + count - 1, first - 1, -1):
-                found += (Action("F", stage) for stage in range(first, last))
-                found += (Action("S", last), Action("B", last))
+                found += forward[first:last]
+                found += (saving[last], backward[last])
             continue
         middle = split(count, free)
-        found += (Action("F", stage) for stage in range(first, first + middle))
+        found += forward[first : first + middle]
         stack += ((first, middle, free), (first + middle, count - middle, free - 1))
     return found

@@ -27,9 +27,9 @@ from functools import reduce
 from math import gcd, inf
 
 import numpy as np
-from numba import njit
 
-from rematerialize.solve.problem import Action, Chain
+from rematerialize.solve.native import RotorTables, available
+from rematerialize.solve.problem import Action, Chain, vocabulary
 from rematerialize.solve.stages import Stages, thin
 from rematerialize.solve.step import Plan, Step
 
@@ -44,10 +44,10 @@ def rotor(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
 
     O(edges + stages^3 x slots), O(length) per plan.
     """
-    if step.forwards in (0, len(step.names)):
+    if not available or step.forwards in (0, len(step.names)):
         return
     stages = Stages(step, STAGES)
-    reach = step.peak_bytes(step.store_all())
+    reach = stages.flat.peak_bytes(step.store_all())
     count = min(max(MANY // len(step.names), 4), PLANS)
     for _ in range(3):
         table = solve(stages.chain, reach, slots=SLOTS)
@@ -55,8 +55,9 @@ def rotor(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
         if not rising:  # the model counts more than the judge where the step is no chain
             reach *= 2
             continue
-        asked = {table.cheapest(level) for level in levels} - {-1}
-        for slot in sorted(asked | {rising[at] for at in thin(len(rising), count)}, reverse=True):
+        asked = sorted({table.cheapest(level) for level in levels} - {-1})
+        wanted = {asked[at] for at in thin(len(asked), count)} | {rising[at] for at in thin(len(rising), count)}
+        for slot in sorted(wanted, reverse=True):
             actions = table.actions(slot)
             if stages.worthwhile(actions):
                 yield stages.plan(actions)
@@ -76,16 +77,19 @@ class Table:
     exact : bool
         No size was rounded.
     cost : array of float64, [stages, stages, slots + 1]
-        inf where nothing fits.
-    choice : array of int16, same shape
-        s to save stage s, k to keep a_k, -1 where nothing fits.
+        inf where nothing fits; undefined where s > t.
     """
 
     chain: Chain
     slot_bytes: int
     exact: bool
-    cost: np.ndarray
-    choice: np.ndarray
+    _tables: RotorTables
+    _words: tuple[Action, ...]
+
+    @property
+    def cost(self) -> np.ndarray:
+        """C(s, t, m)."""
+        return self._tables.cost
 
     def time_s(self, budget_bytes: int) -> float:
         """Return the least makespan within a budget, inf when there is none."""
@@ -104,30 +108,9 @@ class Table:
 
     def actions(self, slot: int, first: int = 0, last: int | None = None) -> list[Action]:
         """Return the schedule of stages first .. last in a number of slots. O(its length)."""
-        last = len(self.chain) - 1 if last is None else last
-        found: list[Action] = []
-        stack: list[tuple[int, int, int]] = [(first, last, slot)]  # last < 0: the backward of stage first
-        while stack:
-            low, high, memory = stack.pop()
-            if high < 0:
-                found.append(Action("B", low))
-                continue
-            k = int(self.choice[low, high, memory])
-            assert k >= 0, "the table has no schedule here"
-            if k == low:
-                found.append(Action("S", low))
-                stack.append((low, -1, 0))
-                if high > low:
-                    stack.append((low + 1, high, memory - self.slots_of(self.chain.saved_bytes[low])))
-            else:
-                found.extend(Action("F", stage) for stage in range(low, k))
-                stack.append((low, k - 1, memory))
-                stack.append((k, high, memory - self.slots_of(self.chain.value_bytes[k])))
-        return found
-
-    def slots_of(self, size: int) -> int:
-        """Return a size in slots, rounded up."""
-        return -(-size // self.slot_bytes)
+        codes = self._tables.actions(first, len(self.chain) - 1 if last is None else last, slot)
+        assert codes, "the table has no schedule here"
+        return [self._words[code] for code in codes]
 
 
 def solve(chain: Chain, reach_bytes: int, *, slots: int = SLOTS, slot_bytes: int | None = None) -> Table:
@@ -154,23 +137,21 @@ def solve(chain: Chain, reach_bytes: int, *, slots: int = SLOTS, slot_bytes: int
     exact = all(size % slot == 0 for sizes in _sizes(chain) for size in sizes)
     value, saved, held, transit, saving, backward = (np.array(sizes, dtype=np.int64) for sizes in _sizes(chain))
     count, most = len(chain), reach_bytes // slot
-    cost = np.full((count, count, most + 1), inf)
-    choice = np.full(cost.shape, -1, dtype=np.int16)
-    _fill(
-        cost,
-        choice,
-        np.array(chain.forward_s),
-        np.array(chain.backward_s),
-        -(-value // slot),
-        -(-saved // slot),
-        value,
-        held,
-        transit,
-        np.maximum(saving, saved),
-        backward + saved,
-        slot,
-    )
-    return Table(chain, slot, exact, cost, choice)
+    tables = {
+        "forward_s": np.array(chain.forward_s, dtype=np.float64),
+        "backward_s": np.array(chain.backward_s, dtype=np.float64),
+        "value_slots": -(-value // slot),
+        "saved_slots": -(-saved // slot),
+        "value": value,
+        "held": held,
+        "transit": transit,
+        "saving": np.maximum(saving, saved),
+        "backward": backward + saved,
+        "cost": np.empty((count, count, most + 1)),
+        "least": np.zeros((count, count), dtype=np.int64),
+        "enough": np.zeros((count, count), dtype=np.int64),
+    }
+    return Table(chain, slot, exact, RotorTables(slot, tables), vocabulary(count))
 
 
 def slot_of(chains: Iterable[Chain], reach_bytes: int, slots: int) -> int:
@@ -188,47 +169,3 @@ def _sizes(chain: Chain) -> tuple[tuple[int, ...], ...]:
         chain.saving_peak_bytes,
         chain.backward_peak_bytes,
     )
-
-
-@njit(cache=True)
-def _fill(
-    cost: np.ndarray,
-    choice: np.ndarray,
-    forward_s: np.ndarray,
-    backward_s: np.ndarray,
-    value_slots: np.ndarray,
-    saved_slots: np.ndarray,
-    value: np.ndarray,
-    held: np.ndarray,
-    transit: np.ndarray,
-    saving: np.ndarray,
-    backward: np.ndarray,
-    slot: int,
-) -> None:
-    count, slots = cost.shape[0], cost.shape[2]
-    for low in range(count - 1, -1, -1):
-        for high in range(low, count):
-            best, chosen = cost[low, high], choice[low, high]
-            need = (max(held[high + 1] + saving[low], backward[low]) + slot - 1) // slot
-            own = forward_s[low] + backward_s[low]
-            kept = saved_slots[low]
-            for memory in range(max(need, kept), slots):
-                best[memory] = own
-                if high > low:
-                    best[memory] += cost[low + 1, high, memory - kept]
-                if best[memory] < np.inf:
-                    chosen[memory] = low
-            rise = transit[low]
-            moved = 0.0
-            for k in range(low + 1, high + 1):
-                if k > low + 1:
-                    rise = max(rise, transit[k - 1] + value[k - 1])
-                moved += forward_s[k - 1]
-                need = (held[high + 1] + rise + slot - 1) // slot
-                kept = value_slots[k]
-                upper, lower = cost[k, high], cost[low, k - 1]
-                for memory in range(max(need, kept), slots):
-                    time_s = moved + upper[memory - kept] + lower[memory]
-                    if time_s < best[memory]:
-                        best[memory] = time_s
-                        chosen[memory] = k

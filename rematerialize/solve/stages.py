@@ -12,6 +12,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+import numpy as np
+from numpy.typing import NDArray
+
+from rematerialize.solve.native import FlatStep
 from rematerialize.solve.problem import Action, Chain
 from rematerialize.solve.step import Plan, Step
 
@@ -33,6 +37,8 @@ class Stages:
     forward, backward : sequence of int, optional
         The ops to take, in an executable order; all by default. What ops outside read of them crosses the
         end of the chain; what ops outside made for them is there before.
+    flat : FlatStep, optional
+        The step as arrays, where somebody has made them already.
 
     Attributes
     ----------
@@ -46,9 +52,16 @@ class Stages:
     """
 
     def __init__(
-        self, step: Step, limit: int, forward: Sequence[int] | None = None, backward: Sequence[int] | None = None
+        self,
+        step: Step,
+        limit: int,
+        forward: Sequence[int] | None = None,
+        backward: Sequence[int] | None = None,
+        *,
+        flat: FlatStep | None = None,
     ) -> None:
         self.step = step
+        self.flat = flat or FlatStep(step)
         self.forward = range(step.forwards) if forward is None else forward
         self.backward = range(step.forwards, len(step.names)) if backward is None else backward
         self._at = {op: at for at, op in enumerate(self.forward)}
@@ -61,14 +74,22 @@ class Stages:
         self.bounds = [bisect_right(lows, -cut) for cut in self.cuts]
         self.bounds[0] = len(self.backward)
         self.chain = self._measure()
+        self._runs = self._spell()
 
-    def ops(self, action: Action, again: bool) -> Sequence[int]:
+    def ops(self, action: Action, again: bool) -> NDArray[np.int64]:
         """Return the ops of an action; ``again`` leaves out those that run only once."""
-        stage = action.stage
-        if action.kind == "B":
-            return self.backward[self.bounds[stage + 1] : self.bounds[stage]]
-        ops = self.forward[self.cuts[stage] : self.cuts[stage + 1]]
-        return [op for op in ops if self.step.recomputable[op]] if again else ops
+        first, later, after = self._runs[action.stage]
+        return after if action.kind == "B" else later if again else first
+
+    def _spell(self) -> list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+        """Return the ops of each stage: all, those that can run again, and the backward's."""
+        ops, after = np.array(self.forward, dtype=np.int64), np.array(self.backward, dtype=np.int64)
+        again = np.array(self.step.recomputable, dtype=bool)[ops]
+        found = []
+        for stage, (start, stop) in enumerate(pairwise(self.cuts)):
+            run = ops[start:stop]
+            found.append((run, run[again[start:stop]], after[self.bounds[stage + 1] : self.bounds[stage]]))
+        return found
 
     def worthwhile(self, actions: Sequence[Action]) -> bool:
         """Whether a schedule isn't much longer than the step: `LONGEST` times, or less where ops are many."""
@@ -79,15 +100,17 @@ class Stages:
 
     def plan(self, actions: Iterable[Action]) -> Plan:
         """Return the plan of a schedule of all stages, without what nobody reads. O(length)."""
-        order: list[int] = []
-        split, reached = -1, 0
+        runs: list[NDArray[np.int64]] = []
+        length, split, reached = 0, -1, 0
         for action in actions:
             if action.kind == "B" and split < 0:
-                split = len(order)
-            order += self.ops(action, action.stage < reached)
+                split = length
+            run = self.ops(action, action.stage < reached)
+            length += len(run)
+            runs.append(run)
             if action.kind != "B":
                 reached = max(reached, action.stage + 1)
-        return self.step.prune(order, split)
+        return self.flat.prune(np.concatenate(runs), split)
 
     def _permanent(self, value: int) -> bool:
         """Whether no plan decides over a value: the caller holds it, or it can't be made again."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from rematerialize.solve.native import FlatStep
 from rematerialize.solve.problem import Action
 from rematerialize.solve.stages import Stages
 from rematerialize.solve.step import Plan, Step
@@ -128,18 +132,19 @@ class TowerStages:
 
     def __init__(self, step: Step, found: Towers, limit: int) -> None:
         self.step = step
+        self.flat = flat = FlatStep(step)
         self.loose = found.loose
         pairs = zip(found.towers, found.backward, strict=True)
-        self.towers = [Stages(step, limit, ops, after) for ops, after in pairs]
-        self.head = Stages(step, HEAD_STAGES, found.head, found.head_backward)
+        self.towers = [Stages(step, limit, ops, after, flat=flat) for ops, after in pairs]
+        self.head = Stages(step, HEAD_STAGES, found.head, found.head_backward, flat=flat)
 
     def plan(self, works: Iterable[tuple[int, Action]]) -> Plan:
         """Return the plan of a schedule: pairs of a chain, the head last, and its action. O(length)."""
         step = self.step
         parts = [*self.towers, self.head]
         reached = [0] * len(parts)
-        order: list[int] = []
-        split = -1
+        runs: list[NDArray[np.int64]] = []
+        length, split = 0, -1
         waiting = {op: sum(step.producer[value] >= step.forwards for value in step.inputs[op]) for op in self.loose}
         readers: dict[int, list[int]] = {}
         for op in self.loose:
@@ -147,17 +152,21 @@ class TowerStages:
                 readers.setdefault(step.producer[value], []).append(op)
         for chain, action in works:
             if action.kind == "B" and split < 0:
-                split = len(order)
-            ops = parts[chain].ops(action, action.stage < reached[chain])
-            order += ops
+                split = length
+            run = parts[chain].ops(action, action.stage < reached[chain])
+            runs.append(run)
+            length += len(run)
             if action.kind != "B":
                 reached[chain] = max(reached[chain], action.stage + 1)
                 continue
-            done = list(ops)
+            done = run.tolist() if readers else []
+            free: list[int] = []
             while done:
                 for op in readers.get(done.pop(), ()):
                     waiting[op] -= 1
                     if waiting[op] == 0:
-                        order.append(op)
+                        free.append(op)
                         done.append(op)
-        return step.prune(order, split)
+            if free:
+                runs.append(np.array(free, dtype=np.int64))
+        return self.flat.prune(np.concatenate(runs), split)

@@ -52,6 +52,11 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
             [pointer, pointer, pointer, number, number, real, real, number, pointer, pointer],
         ),
         "chain_fill": (None, [pointer]),
+        "rotor_fill": (None, [pointer]),
+        "rotor_actions": (number, [pointer, number, number, number, pointer]),
+        "join_fill": (None, [pointer]),
+        "join_pieces": (number, [pointer, number, pointer]),
+        "lower": (ctypes.c_int, [pointer, number, number, ctypes.c_uint64]),
         "improve": (ctypes.c_int, [pointer, number, number, real, ctypes.c_uint64]),
     }
     for name, (result, arguments) in signatures.items():
@@ -90,6 +95,32 @@ class _Chain(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Rotor(ctypes.Structure):
+    _fields_ = (
+        *((name, _I64) for name in ("count", "slots", "slot_bytes")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "forward_s", "backward_s", "value_slots", "saved_slots",
+                "value", "held", "transit", "saving", "backward", "cost", "least", "enough",
+            )
+        ),
+    )  # fmt: skip
+
+
+class _Join(ctypes.Structure):
+    _fields_ = (
+        *((name, _I64) for name in ("count", "longest", "slots", "slot_bytes", "base", "states")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "length", "stride", "forward_s", "backward_s",
+                "value", "held", "saved", "transit", "saving", "backward", "piece_s", "head_s", "cost", "least",
+            )
+        ),
+    )  # fmt: skip
+
+
 def chain_fill(slot_bytes: float, options: int, tables: Mapping[str, NDArray[Any]]) -> bool:
     """Fill the ``cost`` and ``choice`` tables of `solve.chain`; False when nothing is compiled.
 
@@ -102,6 +133,60 @@ def chain_fill(slot_bytes: float, options: int, tables: Mapping[str, NDArray[Any
         ctypes.byref(_Chain(count, slots, options, slot_bytes, *(table.ctypes.data for table in tables.values())))
     )
     return True
+
+
+class RotorTables:
+    """The tables of `solve.rotor`, filled.
+
+    Parameters
+    ----------
+    slot_bytes : int
+    tables : mapping of str to array
+        C-contiguous, by the names of ``Rotor`` in rotor.c and in that order; its last three are written.
+    """
+
+    def __init__(self, slot_bytes: int, tables: Mapping[str, NDArray[Any]]) -> None:
+        assert _library is not None, "the compiled kernel is missing"
+        self._library, self._tables = _library, tables  # the structure below points into them
+        self.cost = tables["cost"]
+        count, width = self.cost.shape[1:]
+        self._structure = _Rotor(count, width - 1, slot_bytes, *(table.ctypes.data for table in tables.values()))
+        _library.rotor_fill(ctypes.byref(self._structure))
+
+    def actions(self, first: int, last: int, slot: int) -> list[int]:
+        """Return the schedule of stages first .. last (inclusive): 3 stage + 0 for F, 1 for S, 2 for B."""
+        count = last - first + 1
+        found: NDArray[np.int32] = np.zeros(count * (count + 3) // 2, dtype=np.int32)
+        length = self._library.rotor_actions(ctypes.byref(self._structure), first, last, slot, found.ctypes.data)
+        codes: list[int] = found[: max(length, 0)].tolist()
+        return codes
+
+
+class JoinTables:
+    """The tables of `solve.join`, filled.
+
+    Parameters
+    ----------
+    numbers : sequence of int
+        The first members of ``Join`` in join.c.
+    tables : mapping of str to array
+        C-contiguous, by the names of its pointers and in that order; the last two are written.
+    """
+
+    def __init__(self, numbers: Sequence[int], tables: Mapping[str, NDArray[Any]]) -> None:
+        assert _library is not None, "the compiled kernel is missing"
+        self._library, self._tables = _library, tables  # the structure below points into them
+        self.cost = tables["cost"]
+        self._rows = int(tables["length"].sum()) + 1
+        self._structure = _Join(*numbers, *(table.ctypes.data for table in tables.values()))
+        _library.join_fill(ctypes.byref(self._structure))
+
+    def pieces(self, slots: int) -> list[list[int]] | None:
+        """Return the stack as (tower, start, stop, slots) and last (slots of the head, 0, 0, 0); None if none fits."""
+        rows: NDArray[np.int64] = np.zeros((self._rows, 4), dtype=np.int64)
+        count = self._library.join_pieces(ctypes.byref(self._structure), slots, rows.ctypes.data)
+        found: list[list[int]] = rows[: count + 1].tolist()
+        return found if count >= 0 else None
 
 
 class FlatStep:
@@ -142,7 +227,6 @@ class FlatStep:
             len(step.names), step.forwards, len(step.size_bytes), *(array.ctypes.data for array in arrays.values())
         )
 
-
     def peak_bytes(self, plan: Plan) -> int:
         """Return the peak memory of a plan. O(length + edges)."""
         if _library is None or self.scale > 1:
@@ -151,11 +235,11 @@ class FlatStep:
         structure = ctypes.byref(self.structure)
         return int(_library.replay_peak(structure, order.ctypes.data, len(order), plan.split))
 
-    def prune(self, order: Sequence[int], split: int) -> Plan:
+    def prune(self, order: Sequence[int] | NDArray[np.int64], split: int) -> Plan:
         """Return the plan without executions whose results nobody reads. O(length + edges)."""
-        if _library is None:
-            return self.step.prune(order, split)
         array: NDArray[np.int64] = np.array(order, dtype=np.int64)
+        if _library is None:
+            return self.step.prune(array.tolist(), split)
         kept = _I64()
         structure = ctypes.byref(self.structure)
         count = _library.prune(structure, array.ctypes.data, len(array), split, ctypes.byref(kept))
@@ -185,7 +269,7 @@ class FlatStep:
             order.ctypes.data,
             ctypes.byref(split),
         )
-        return None if length < 0 else self.prune(order[:length].tolist(), split.value)
+        return None if length < 0 else self.prune(order[:length], split.value)
 
 
 class Workbench:
@@ -244,6 +328,10 @@ class Workbench:
         """Insert recomputations until the peak is at most a target; False when stuck."""
         target = target_bytes // self._flat.scale
         return bool(self._library.descend(self._bench, target, rounds, noise, stretch, 1))
+
+    def lower(self, target_bytes: int, work: int, *, seed: int = 1) -> bool:
+        """Look around the present plan for one within a target; False, and nothing changed, when none was found."""
+        return bool(self._library.lower(self._bench, target_bytes // self._flat.scale, work, seed))
 
     def improve(self, budget_bytes: int, work: int, *, threshold: float = 0.003, seed: int = 1) -> bool:
         """Search around a plan within its budget until so many moves were tried; True if it got faster."""
