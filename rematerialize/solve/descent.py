@@ -53,11 +53,11 @@ def squeeze(bench: Workbench, plan: Plan, *, work: int, finest: float) -> Iterat
     until, stride, peak = bench.work + work, 0.08, bench.peak_bytes()
     while stride > finest and peak > 0 and bench.work < until:
         target = min(int(peak * (1 - stride)), peak - 1)
-        for stretch in STRETCHES:
-            if bench.load(plan) and bench.descend(target, stretch=stretch):
-                bench.spend(target)
-                plan, peak = bench.plan(), bench.peak_bytes()
-                yield plan
-                break
+        if any(bench.load(plan) and bench.descend(target, stretch=stretch) for stretch in STRETCHES) or (
+            bench.load(plan) and bench.lower(target, work // 8)
+        ):
+            bench.spend(target)
+            plan, peak = bench.plan(), bench.peak_bytes()
+            yield plan
         else:
-            stride /= 2.5
+            stride /= 2

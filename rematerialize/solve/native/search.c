@@ -86,3 +86,22 @@ int improve(Bench *b, i64 budget, i64 work, double threshold, uint64_t seed) {
     load(b, b->saved, length, split);
     return best_s < first_s;
 }
+
+/* Look for a schedule within a target from the one on the bench, by noisy descents from random neighbours.
+
+   Returns 1 and leaves it there, or 0 and leaves what was there, when `work` moves were tried. */
+int lower(Bench *b, i64 target, i64 work, uint64_t seed) {
+    static const double stretches[] = {0.0, 0.25, 1.0, 4.0};
+    i64 length = b->length, split = unload(b, b->saved), until = b->work + work;
+    b->random = seed * 2654435761u + 88172645463325252u;
+    for (i64 trial = 0; b->work < until; trial++) {
+        double stretch = stretches[random_below(b, 4)];
+        b->logged = 0;
+        b->work += 8;
+        if (trial % 3 == 1) delete_near(b, 1 + random_below(b, 6));
+        if (trial % 3 == 2) drop_near(b, 1 + random_below(b, 6), stretch);
+        if (descend(b, target, 30, 0.8, stretch, 1)) return 1;
+        if (!load(b, b->saved, length, split)) return 0;
+    }
+    return 0;
+}
