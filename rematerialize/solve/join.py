@@ -31,6 +31,7 @@ exactly so when a slot divides every size. O(prod(n_i + 1) 2^k slots sum(n_i)) f
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, prod
@@ -44,10 +45,12 @@ from rematerialize.solve.rotor import solve as solve_chain
 from rematerialize.solve.step import Plan, Step
 from rematerialize.solve.towers import TowerStages, find_towers
 
+MOST = 8  # towers that join.c has room for
 TOWERS = 4
-STAGES = {2: 24, 3: 11, 4: 6}  # of each tower, by their number
+STAGES = {2: 32, 3: 13, 4: 6}  # of each tower, by their number
 SLOTS = 120
-BUDGETS = {2: 48, 3: 24, 4: 16}  # memories to solve for, likewise
+BUDGETS = {2: 48, 3: 24, 4: 16}  # most plans, likewise
+MANY = 1_000_000  # ops of all plans together beyond which fewer are
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +62,24 @@ class Work:
 
 
 def join(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
-    """Yield plans for memories from what suffices to store all down to the least; none without towers."""
+    """Yield plans for memories from what suffices to store all down to the least; none without towers.
+
+    O(edges), O(length) per plan, and the tables: see `Solver`.
+    """
     found = find_towers(step, TOWERS) if available else None
     if found is None:
         return
     stages = TowerStages(step, found, STAGES[len(found.towers)])
-    most = step.peak_bytes(step.store_all()) * 5 // 4
+    most = stages.flat.peak_bytes(step.store_all()) * 5 // 4
     near = -(-most // SLOTS)
     solver = Solver(tuple(s.chain.rounded(near) for s in stages.towers), stages.head.chain.rounded(near), most)
-    low = solver.least()
-    if low < 0:
+    falls = solver.thresholds()
+    if not falls:
         return
-    count = BUDGETS[len(found.towers)] - 1
+    low, count = falls[0], min(BUDGETS[len(found.towers)], max(MANY // len(step.names), 6)) - 1
     # Denser near the least memory, where other solvers fall behind.
-    slots = {low + (solver.slots - low) * at * at // (count * count) for at in range(count + 1)}
-    for slot in sorted(slots, reverse=True):
+    slots = (low + (solver.slots - low) * at * at // (count * count) for at in range(count + 1))
+    for slot in sorted({falls[bisect_right(falls, slot) - 1] for slot in slots}, reverse=True):
         solution = solver.solve(slot)
         if solution is not None:
             yield stages.plan((work.chain, work.action) for work in solution.works)
@@ -88,7 +94,7 @@ class Solution:
 
 
 class Solver:
-    """Tables of all chains up to a memory; `solve` runs the program for any memory up to it.
+    """The program, run once for all memories up to a largest; `solve` reads off the schedule for one of them.
 
     Parameters
     ----------
@@ -104,6 +110,7 @@ class Solver:
     """
 
     def __init__(self, towers: tuple[Chain, ...], head: Chain, reach_bytes: int, *, slots: int = SLOTS) -> None:
+        assert len(towers) <= MOST, "the compiled program takes no more towers"
         self.towers = towers
         self.head = head
         self.slot_bytes = slot_of((*towers, head), reach_bytes, slots)
@@ -111,7 +118,6 @@ class Solver:
         self.tables = [solve_chain(c, reach_bytes, slot_bytes=self.slot_bytes) for c in (*towers, head)]
         self._words = [[Work(at, action) for action in vocabulary(len(c))] for at, c in enumerate(towers)]
         self._tables = self._fill()
-        self._finite = np.isfinite(self._tables.cost[0])
 
     def _fill(self) -> JoinTables:
         towers, count, longest = self.towers, len(self.towers), max(map(len, self.towers))
@@ -139,10 +145,6 @@ class Solver:
         }
         return JoinTables((count, longest, self.slots, self.slot_bytes, base, states), tables)
 
-    def least(self) -> int:
-        """Return the least number of slots with a schedule, -1 when there is none."""
-        return int(self._finite.argmax()) if self._finite.any() else -1
-
     def solve(self, slots: int) -> Solution | None:
         """Return the fastest stacked schedule in a number of slots, None when there is none. O(its length)."""
         slots = min(slots, self.slots)
@@ -154,7 +156,7 @@ class Solver:
     def thresholds(self) -> list[int]:
         """Return the numbers of slots at which the makespan falls, least first."""
         whole = self._tables.cost[0]
-        return [int(at) for at in np.flatnonzero(self._finite & (whole < np.concatenate(([inf], whole[:-1]))))]
+        return [int(at) for at in np.flatnonzero(whole < np.concatenate(([inf], whole[:-1])))]
 
     def _works(self, rows: list[list[int]]) -> Iterator[Work]:
         *pieces, (head_slots, *_) = rows

@@ -33,10 +33,10 @@ from rematerialize.solve.problem import Action, Chain, vocabulary
 from rematerialize.solve.stages import Stages, thin
 from rematerialize.solve.step import Plan, Step
 
-SLOTS = 500
+SLOTS = 320
 STAGES = 100
-PLANS = 40  # realized per table beside those of the levels asked for
-MANY = 30_000  # ops of all plans together beyond which fewer are
+PLANS = 24  # realized per table beside those of the levels asked for
+MANY = 150_000  # ops of all plans together beyond which fewer are
 
 
 def rotor(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
@@ -48,7 +48,7 @@ def rotor(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
         return
     stages = Stages(step, STAGES)
     reach = stages.flat.peak_bytes(step.store_all())
-    count = min(max(MANY // len(step.names), 4), PLANS)
+    count = min(max(MANY // len(step.names), 6), PLANS)
     for _ in range(3):
         table = solve(stages.chain, reach, slots=SLOTS)
         rising = table.thresholds()

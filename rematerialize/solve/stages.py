@@ -103,13 +103,18 @@ class Stages:
         runs: list[NDArray[np.int64]] = []
         length, split, reached = 0, -1, 0
         for action in actions:
-            if action.kind == "B" and split < 0:
-                split = length
-            run = self.ops(action, action.stage < reached)
+            stage = action.stage
+            first, later, after = self._runs[stage]
+            if action.kind == "B":
+                run = after
+                if split < 0:
+                    split = length
+            elif stage < reached:
+                run = later
+            else:
+                run, reached = first, stage + 1
             length += len(run)
             runs.append(run)
-            if action.kind != "B":
-                reached = max(reached, action.stage + 1)
         return self.flat.prune(np.concatenate(runs), split)
 
     def _permanent(self, value: int) -> bool:
@@ -228,7 +233,7 @@ class Stages:
     def _gradients(self) -> tuple[list[int], list[int]]:
         """Return memory of all that no plan decides, while each backward op runs and before each (and after all)."""
         step, count = self.step, len(self.backward)
-        delta, ends = [0] * (count + 1), [0] * (count + 1)
+        delta, ends = [0] * (count + 1), [0] * (count + 2)
         lows = [-level for level in self._levels]
         made = {v for op in self.forward for v in step.outputs[op]}
         read = {v for op in self.backward for v in (*step.inputs[op], *step.outputs[op])}
