@@ -12,8 +12,8 @@ from benchmarks.solver import graphs
 from rematerialize.errors import ScheduleError
 from rematerialize.ir import Op, TrainingGraph
 from rematerialize.simulate import simulate
-from rematerialize.solve import Planner, exact
-from rematerialize.solve.exact import solve_exact
+from rematerialize.solve import Planner
+from rematerialize.solve.exact import exact, solve_exact
 from rematerialize.solve.retention import RetentionModel
 from rematerialize.solve.step import Plan, Step, compile_step
 from tests.strategies import budgets, training_graphs
@@ -159,6 +159,6 @@ def test_as_a_solver_it_yields_a_plan_per_level_and_skips_what_fits_nothing() ->
     step = compile_step(graphs.chain(5))
     high = step.peak_bytes(step.store_all())
     levels = [1, high * 3 // 4, high]
-    plans: list[Plan] = list(exact.exact(step, levels))
+    plans: list[Plan] = list(exact(step, levels))
     assert len(plans) == 2
     assert [step.peak_bytes(plan) <= level for plan, level in zip(plans, levels[:0:-1], strict=True)] == [True, True]
