@@ -33,7 +33,7 @@ from rematerialize.solve.problem import Action, Chain, vocabulary
 from rematerialize.solve.stages import Stages, thin
 from rematerialize.solve.step import Plan, Step
 
-SLOTS = 320
+SLOTS = 256
 STAGES = 100
 PLANS = 24  # realized per table beside those of the levels asked for
 MANY = 150_000  # ops of all plans together beyond which fewer are
