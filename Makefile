@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
-PINS := pyproject.toml constraints.txt
+PINS := pyproject.toml setup.py constraints.txt $(wildcard rematerialize/solve/native/*.[ch])
 
 .PHONY: demo test lint types bench readme clean
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from rematerialize.solve.native import closure_flow
 from rematerialize.solve.necessity import Necessity
 
 Ints = npt.NDArray[np.int64]
@@ -60,8 +60,8 @@ class Closure:
         room : int
             For all other values that are kept, in the units of `Necessity`.
         """
-        source, size = np.zeros(len(self.size), np.bool_), self.size.copy()
-        source[demanded] = True
+        source, size = np.zeros(len(self.size), np.int64), self.size.copy()
+        source[demanded] = 1
         size[free] = 0.0
         best = 0.0
         rates = self.time_s[self.time_s > 0]
@@ -69,9 +69,10 @@ class Closure:
         if not len(rates) or not len(sizes):
             return best
         low, high = np.log(rates.min() / sizes.max()), np.log(self.time_s.sum() / sizes.min())
+        arrays, passed = (self.time_s, size, source, *self.made, *self.read), np.zeros(len(size))
         for _ in range(ROUNDS):
             prices = np.linspace(low, high, PRICES)
-            values = [_flow(np.exp(p), self.time_s, size, source, *self.made, *self.read, float(room)) for p in prices]
+            values = [closure_flow(float(np.exp(p)), arrays, float(room), passed) for p in prices]
             at = int(np.argmax(values))
             best = max(best, values[at])
             low, high = prices[max(at - 1, 0)], prices[min(at + 1, PRICES - 1)]
@@ -82,25 +83,3 @@ def _lists(items: list[list[int]]) -> tuple[Ints, Ints]:
     starts = np.zeros(len(items) + 1, np.int64)
     np.cumsum([len(item) for item in items], out=starts[1:])
     return starts, np.array([value for item in items for value in item], np.int64)
-
-
-@njit(cache=True)
-def _flow(price, time_s, size, source, made_at, made, read_at, read, room):  # type: ignore[no-untyped-def]
-    passed = np.zeros(len(size))
-    for value in range(len(size)):
-        if source[value]:
-            passed[value] = price * size[value]
-    total = 0.0
-    for op in range(len(time_s) - 1, -1, -1):
-        left = 0.0
-        for at in range(made_at[op], made_at[op + 1]):
-            left += passed[made[at]]
-        absorbed = min(left, time_s[op])
-        total += absorbed
-        left -= absorbed
-        for at in range(read_at[op], read_at[op + 1]):
-            value = read[at]
-            more = min(left, price * size[value] - passed[value])
-            passed[value] += more
-            left -= more
-    return total - price * room

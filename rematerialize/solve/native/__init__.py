@@ -51,6 +51,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
             number,
             [pointer, pointer, pointer, number, number, real, real, number, pointer, pointer],
         ),
+        "ascend": (real, [pointer, number]),
+        "closure_flow": (real, [real, number, number, *[pointer] * 7, real, pointer]),
         "chain_fill": (None, [pointer]),
         "rotor_fill": (None, [pointer]),
         "rotor_actions": (number, [pointer, number, number, number, pointer]),
@@ -187,6 +189,42 @@ class JoinTables:
         count = self._library.join_pieces(ctypes.byref(self._structure), slots, rows.ctypes.data)
         found: list[list[int]] = rows[: count + 1].tolist()
         return found if count >= 0 else None
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        *((name, _I64) for name in ("rows", "columns")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "starts", "at", "factors", "starts_t", "at_t", "factors_t", "cost", "least", "low", "high",
+            )
+        ),
+    )  # fmt: skip
+
+
+def ascend(arrays: Sequence[NDArray[Any]], iterations: int) -> float | None:
+    """Run the dual ascent of `solve.ascent`; None when nothing is compiled.
+
+    ``arrays`` are C-contiguous, in the order of ``Linear`` in bounds.c, the matrix and its transpose by rows.
+    """
+    if _library is None:
+        return None
+    rows, columns = len(arrays[0]) - 1, len(arrays[3]) - 1
+    structure = _Linear(rows, columns, *(array.ctypes.data for array in arrays))
+    return float(_library.ascend(ctypes.byref(structure), iterations))
+
+
+def closure_flow(price: float, arrays: Sequence[NDArray[Any]], room: float, passed: NDArray[np.float64]) -> float:
+    """Return the flow of `solve.closure` at a price; 0 when nothing is compiled.
+
+    ``arrays``: seconds per op, bytes and source per value, then made and read, each as starts and values.
+    """
+    if _library is None:
+        return 0.0
+    addresses = [array.ctypes.data for array in arrays]
+    values, ops = len(passed), len(arrays[0])
+    return float(_library.closure_flow(price, values, ops, *addresses, room, passed.ctypes.data))
 
 
 class FlatStep:
