@@ -18,6 +18,7 @@ from rematerialize.errors import GraphError
 
 Phase = Literal["forward", "backward"]
 FORMAT = "rematerialize.graph/1"
+LONGEST_S = 1e300  # of a step: makespans with recomputations, and their ratios, stay finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,8 +298,12 @@ def _verify_ops(graph: TrainingGraph) -> None:
     produced_at = {out: op for op in graph.ops for out in op.outputs}
     _no_duplicates((op.name for op in graph.ops), "ops")
     backward_started: str | None = None
+    total_s = 0.0
     for op in graph.ops:
         _verify_op(op)
+        total_s += op.time_s
+        if total_s > LONGEST_S:
+            raise GraphError(f"op {op.name!r}: with its time_s of {op.time_s!r} the step exceeds {LONGEST_S:g} s")
         if op.phase == "backward":
             backward_started = backward_started or op.name
         elif backward_started is not None:

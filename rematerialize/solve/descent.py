@@ -52,7 +52,7 @@ def squeeze(bench: Workbench, plan: Plan, *, work: int, finest: float) -> Iterat
         return
     until, stride, peak = bench.work + work, 0.08, bench.peak_bytes()
     while stride > finest and peak > 0 and bench.work < until:
-        target = min(int(peak * (1 - stride)), peak - 1)
+        target = peak - max(peak * int(stride * 2**20) // 2**20, 1)  # in integers: peaks can exceed all floats
         if any(bench.load(plan) and bench.descend(target, stretch=stretch) for stretch in STRETCHES) or (
             bench.load(plan) and bench.lower(target, work // 8)
         ):

@@ -106,17 +106,21 @@ class Planner:
         """Run the portfolio once; return the Pareto front of the levels that were searched, by rising peak."""
         if self._archive:
             return self._archive
-        self._deadline = time.monotonic() + (self._time_limit_s or float("inf"))
+        if self._time_limit_s is not None:
+            self._deadline = time.monotonic() + self._time_limit_s
         points = [self._store_all]
-        high = self._store_all.peak_bytes
-        asked = [high * percent // 100 for percent in range(95, 3, -5)]
+        high, unit = self._store_all.peak_bytes, self._flat.scale
+        step = self._step.coarsened(unit) if unit > 1 else self._step
+        asked = [high * percent // 100 // unit for percent in range(95, 3, -5)]
         for name, solver in self._solvers.items():
-            for plan in solver(self._step, asked):
+            if self._late():
+                break
+            for plan in solver(step, asked):
                 points.append(self._point(plan, name))
                 if self._late():
                     break
         levels: list[Point] = []
-        if self._polisher:
+        if self._polisher and not self._late():
             points += self._polisher.squeeze(points)
             least = min(point.peak_bytes for point in points)
             stride = self._polisher.effort.stride
@@ -137,6 +141,8 @@ class Planner:
         low, best = self._archive[index].peak_bytes, self._archive[index]
         if self._polisher is None or index + 1 == len(self._archive) or best.length > LONG * self._polisher.ops:
             return best
+        if self._late():
+            return min(best, self._fastest_within(budget_bytes), key=lambda point: point.time_s)
         above = self._archive[index + 1]
         high = above.peak_bytes
         for _ in range(HALVINGS):
@@ -173,10 +179,12 @@ class Planner:
         gap = self._gap(result.time_s, budget_bytes)
         return Schedule(forward, backward, budget_bytes, point.solver, result.peak_bytes, result.time_s, least, gap)
 
-    def _gap(self, time_s: float, budget_bytes: int) -> float:
-        """Return how far a makespan is above what no schedule within the budget can beat."""
+    def _gap(self, time_s: float, budget_bytes: int) -> float | None:
+        """Return how far a makespan is above what no schedule within the budget can beat; None out of time."""
         if time_s <= self._store_all.time_s:
             return 0.0
+        if self._late():
+            return None
         if budget_bytes not in self._bounds:
             effort = FINE if len(self._step.names) <= SMALL else COARSE
             self._bounds[budget_bytes] = makespan_bound(self._step, budget_bytes, effort=effort)

@@ -16,7 +16,7 @@ from rematerialize.solve.native import FlatStep, Workbench
 from rematerialize.solve.step import Plan
 
 THREADS = 2
-RESTART = 15_000  # moves after which a search starts again from its best plan
+RESTART = 10_000  # moves after which a search starts again from its best plan
 THRESHOLDS = (0.003, 0.03, 0.1)  # how much slower a plan may be to go on from, restart by restart
 SMALL = 400  # ops up to which quality goes before a second's wait
 MEDIUM = 3_000  # ops up to which every level is searched
@@ -61,10 +61,10 @@ class Effort:
 def effort_for(ops: int) -> Effort:
     """Return the effort for a number of ops: about a second for up to 1,000, then in proportion."""
     if ops <= SMALL:
-        return Effort(4, 5_000, 30_000, 40_000, 1)
+        return Effort(4, 3_000, 20_000, 24_000, 1)
     if ops <= MEDIUM:
         share = max(ops, 1_000) // 100
-        return Effort(2, 150 * share, 1_000 * share, 1_000 * share, 1)
+        return Effort(2, 100 * share, 450 * share, 800 * share, 1)
     if ops <= LARGE:
         return Effort(2, 20 * (ops // 100), 300 * (ops // 100), 300 * (ops // 100), 2)
     return Effort(1, 0, 0, 0, 3)
@@ -117,7 +117,7 @@ class Polisher:
         def first(level: int) -> Point | None:
             best: Point | None = None
             for start in starts(short, level)[: self.effort.starts]:
-                if best is not None and self._late():
+                if self._late():
                     break
                 found = self.at(start, level, work=self.effort.first)
                 if best is None or found.time_s < best.time_s:
@@ -134,8 +134,8 @@ class Polisher:
         polished: list[Point] = []
         lower: Point | None = None
         for point, level in reversed(found):
-            if (lower is not None and lower.time_s < point.time_s) or (
-                self.effort.first and lower is not None
+            if (
+                lower is not None and (self.effort.first or lower.time_s < point.time_s) and not self._late()
             ):  # what a lower level found may be the better start
                 handed = self.at(lower, level, work=self.effort.first // 2, seed=3)
                 point = min(point, handed, key=lambda p: p.time_s)
@@ -151,8 +151,7 @@ class Polisher:
             bench.spend(level, rounds=20 if self.ops <= LARGE else 2)
             for turn, part in enumerate(_turns(work)):
                 bench.improve(level, part, threshold=THRESHOLDS[turn % len(THRESHOLDS)], seed=seed + turn)
-            plan = bench.plan()
-            return Point(bench.peak_bytes(), bench.time_s, len(plan.order), start.solver, plan)
+            return self._replay(bench.plan(), start.solver)  # a bench rounds sizes, and its sums of times drift
 
     def _map(self, function: Callable[..., object], jobs: Iterable[object]) -> list:  # type: ignore[type-arg]
         with ThreadPoolExecutor(THREADS) as pool:

@@ -7,7 +7,7 @@ resident storages are left out altogether, for they cost nothing and never die.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from rematerialize.ir import TrainingGraph
@@ -119,6 +119,11 @@ class Step:
     def peak_bytes(self, plan: Plan) -> int:
         """Return the peak memory of a plan."""
         return max(self.timeline(plan), default=0)
+
+    def coarsened(self, unit: int) -> Step:
+        """Return the step with sizes in another unit, rounded up: what fits it fits this one too."""
+        sizes, transients = ((-(-size // unit) for size in all_) for all_ in (self.size_bytes, self.transient_bytes))
+        return replace(self, size_bytes=tuple(sizes), transient_bytes=tuple(transients))
 
     def prune(self, order: Sequence[int], split: int) -> Plan:
         """Return the plan without executions whose results nobody reads. O(length + edges)."""
