@@ -152,6 +152,9 @@ class Planner:
             if (low, high) not in self._between:
                 start = min(best, self._fastest_within(level), key=lambda point: point.time_s)
                 found = self._polisher.at(start, level, work=2 * self._polisher.effort.first, seed=4)
+                if self._polisher.effort.first:
+                    other = self._polisher.down(above, level, work=self._polisher.effort.first)
+                    found = self._polisher.better(found, other)
                 if found.time_s < above.time_s:
                     found = self._polisher.at(start, level, work=0)
                 self._between[low, high] = found if above.time_s <= found.time_s < best.time_s else best

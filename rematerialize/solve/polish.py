@@ -17,7 +17,7 @@ from rematerialize.solve.step import Plan
 
 THREADS = 2
 RESTART = 10_000  # moves after which a search starts again from its best plan
-THRESHOLDS = (0.003, 0.03, 0.1)  # how much slower a plan may be to go on from, restart by restart
+THRESHOLDS = (0.03, 0.3, 0.003)  # how much slower a plan may be to go on from, restart by restart
 SMALL = 400  # ops up to which quality goes before a second's wait
 MEDIUM = 3_000  # ops up to which every level is searched
 LARGE = 12_000  # ops beyond which schedules are only spent on, not searched around
@@ -61,7 +61,7 @@ class Effort:
 def effort_for(ops: int) -> Effort:
     """Return the effort for a number of ops: about a second for up to 1,000, then in proportion."""
     if ops <= SMALL:
-        return Effort(4, 3_000, 20_000, 24_000, 1)
+        return Effort(4, 5_000, 20_000, 24_000, 1)
     if ops <= MEDIUM:
         share = max(ops, 1_000) // 100
         return Effort(2, 100 * share, 450 * share, 800 * share, 1)
@@ -131,17 +131,38 @@ class Polisher:
         found = [(point, level) for point, level in zip(self._map(first, ranked), ranked, strict=True) if point]
         if self.effort.second:
             found = [(point, level) for point, (_, level) in zip(self._map(second, found), found, strict=True)]
-        polished: list[Point] = []
-        lower: Point | None = None
-        for point, level in reversed(found):
-            if (
-                lower is not None and (self.effort.first or lower.time_s < point.time_s) and not self._late()
-            ):  # what a lower level found may be the better start
-                handed = self.at(lower, level, work=self.effort.first // 2, seed=3)
-                point = min(point, handed, key=lambda p: p.time_s)
-            polished.append(point)
-            lower = point
-        return polished[::-1]
+        return self._exchanged(found)
+
+    def _exchanged(self, found: list[tuple[Point, int]]) -> list[Point]:
+        """Let every level, highest first, try what the levels above and then below it found."""
+        work = self.effort.first
+        plans = [point for point, _ in found]
+        for at in range(1, len(plans)) if work else ():
+            if not self._late():
+                plans[at] = self.better(plans[at], self.down(plans[at - 1], found[at][1], work=work))
+        for at in range(len(plans) - 2, -1, -1):
+            lower = plans[at + 1]
+            if (work or lower.time_s < plans[at].time_s) and not self._late():
+                plans[at] = self.better(plans[at], self.at(lower, found[at][1], work=work // 2, seed=3))
+        return plans
+
+    @staticmethod
+    def better(point: Point, other: Point | None) -> Point:
+        """Return the faster of two plans, the first when neither is."""
+        return other if other is not None and other.time_s < point.time_s else point
+
+    def down(self, start: Point, level: int, *, work: int) -> Point | None:
+        """Return a plan within a level that a descent and a search from a plan above it find."""
+        with self._bench(2 * start.length + self.ops) as bench:
+            if not bench.load(start.plan) or not bench.descend(level):
+                return None
+            bench.spend(level)
+            self._improve(bench, level, work, seed=5)
+            return self._replay(bench.plan(), start.solver)
+
+    def _improve(self, bench: Workbench, level: int, work: int, *, seed: int) -> None:
+        for turn, part in enumerate(_turns(work)):
+            bench.improve(level, part, threshold=THRESHOLDS[turn % len(THRESHOLDS)], seed=seed + turn)
 
     def at(self, start: Point, level: int, *, work: int, seed: int = 1) -> Point:
         """Return the best plan within a level that a search from a plan within it finds."""
@@ -149,8 +170,7 @@ class Polisher:
             if not bench.load(start.plan):
                 return start
             bench.spend(level, rounds=20 if self.ops <= LARGE else 2)
-            for turn, part in enumerate(_turns(work)):
-                bench.improve(level, part, threshold=THRESHOLDS[turn % len(THRESHOLDS)], seed=seed + turn)
+            self._improve(bench, level, work, seed=seed)
             return self._replay(bench.plan(), start.solver)  # a bench rounds sizes, and its sums of times drift
 
     def _map(self, function: Callable[..., object], jobs: Iterable[object]) -> list:  # type: ignore[type-arg]
