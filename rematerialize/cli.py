@@ -113,7 +113,12 @@ def solve(
     solver: Annotated[str, typer.Option(metavar="NAME", help="A registered solver, or auto.")] = "auto",
     time_limit: Annotated[
         float | None,
-        typer.Option(metavar="S", min=0.0, help="Stop looking for better after so many seconds."),
+        typer.Option(
+            metavar="S",
+            min=0.0,
+            help="Stop looking for better after about so many seconds, and print the best schedule found by then;"
+            " with 0, store-all. Without a limit, equal files give equal schedules.",
+        ),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -145,6 +150,7 @@ def _print_summary(
     graph: TrainingGraph, found: Schedule, store_all: Schedule, solve_s: float, *, as_json: bool
 ) -> None:
     overhead = found.time_s / store_all.time_s - 1 if store_all.time_s else 0.0
+    gap = found.to_dict()["gap"]
     if as_json:
         summary = {
             "solver": found.solver,
@@ -154,6 +160,7 @@ def _print_summary(
             "minimum_bytes": found.minimum_bytes,
             "time_s": found.time_s,
             "overhead": overhead,
+            "gap": gap,
             "solve_s": solve_s,
         }
         print(json.dumps(summary))
@@ -167,6 +174,7 @@ def _print_summary(
         ("store-all peak", format_bytes(store_all.peak_bytes)),
         ("minimum", format_bytes(found.minimum_bytes)),
         ("overhead", format_percent(overhead)),
+        ("gap to lower bound", "unknown" if gap is None else format_percent(gap)),
         ("solved in", format_seconds(solve_s)),
     ]
     print(plan_table(f"Schedule of {len(graph.ops)} ops", rows))

@@ -82,8 +82,9 @@ class Schedule:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object of the schedule."""
-        return {"format": FORMAT, **asdict(self)}
+        """Return the JSON object of the schedule; JSON has no infinity, and a gap without end is none known."""
+        known = self.gap is not None and math.isfinite(self.gap)
+        return {"format": FORMAT, **asdict(self), "gap": self.gap if known else None}
 
     def to_json(self) -> str:
         """Return the text of a ``rematerialize.schedule/1`` file."""
