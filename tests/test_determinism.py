@@ -1,0 +1,120 @@
+"""Equal graphs give equal schedules: whatever the hash seed, threads, cores, order of questions or of ops."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.solver import graphs
+from rematerialize.ir import TrainingGraph
+from rematerialize.solve import Planner, frontier, polish, solve
+from tests.strategies import budgets
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = """
+from benchmarks.solver import graphs
+from rematerialize.solve import Planner
+from tests.strategies import budgets
+for graph in (graphs.unet(2), graphs.towers(2, 4)):
+    planner = Planner(graph)
+    for budget in budgets(planner.minimum(), planner.store_all().peak_bytes, 4):
+        print(planner.solve(budget).to_json())
+"""
+
+
+def plans(planner: Planner, asked: list[int]) -> dict[int, str]:
+    return {budget: planner.solve(budget).to_json() for budget in asked}
+
+
+def asked_of(graph: TrainingGraph, count: int = 5) -> list[int]:
+    planner = Planner(graph, solver="chain")
+    low, high = planner.minimum(), planner.store_all().peak_bytes
+    return budgets(low, high, count)
+
+
+def in_a_process(prefix: tuple[str, ...] = (), **variables: str) -> bytes:
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", CODE],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def reference() -> bytes:
+    return in_a_process(PYTHONHASHSEED="0")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "random", "OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}],
+    ids=str,
+)
+def test_processes_agree_to_the_byte(variables: dict[str, str], reference: bytes) -> None:
+    assert in_a_process(**variables) == reference
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system can't pin a process to a core")
+def test_one_core_or_all_make_no_difference(reference: bytes) -> None:
+    core = min(os.sched_getaffinity(0))
+    pin = f"import os, sys; os.sched_setaffinity(0, {{{core}}}); os.execv(sys.argv[1], sys.argv[1:])"
+    assert in_a_process((sys.executable, "-c", pin)) == reference
+
+
+@pytest.mark.parametrize("make", [lambda: graphs.resnet((1, 1)), lambda: graphs.lstm(6)], ids=["resnet", "lstm"])
+def test_the_number_of_threads_makes_no_difference(make: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert callable(make)
+    graph: TrainingGraph = make()
+    found = []
+    for threads in (1, 2, 4):
+        monkeypatch.setattr(polish, "THREADS", threads)
+        found.append(plans(Planner(graph), asked_of(graph)))
+    assert found[0] == found[1] == found[2]
+
+
+def test_the_order_of_questions_makes_no_difference() -> None:
+    graph = graphs.unet(2)
+    asked = asked_of(graph, 9)
+    rising, falling, mixed = Planner(graph), Planner(graph), Planner(graph)
+    first = plans(rising, asked)
+    shuffled = [*asked]
+    random.Random(5).shuffle(shuffled)
+    assert plans(falling, asked[::-1]) == first
+    assert plans(mixed, shuffled) == first
+
+
+def test_a_used_planner_and_a_fresh_one_agree() -> None:
+    graph = graphs.towers(2, 4)
+    used = Planner(graph)
+    asked = asked_of(graph, 4)
+    plans(used, asked)
+    used.frontier(5)
+    again = plans(used, asked)
+    assert again == {budget: solve(graph, budget).to_json() for budget in asked}
+
+
+def test_frontier_and_solve_agree() -> None:
+    graph = graphs.chain(10, uneven=True)
+    front = frontier(graph, 6)
+    assert len(front) > 2
+    planner = Planner(graph)
+    for plan in front:
+        assert planner.solve(plan.budget_bytes) == plan
+
+
+def test_the_order_of_storages_and_of_named_groups_makes_no_difference() -> None:
+    graph = graphs.unet(2)
+    storages = dict(sorted(graph.storages.items(), reverse=True))
+    other = replace(graph, storages=storages, gradients=graph.gradients[::-1], outputs=graph.outputs[::-1]).verify()
+    asked = asked_of(graph, 4)
+    assert plans(Planner(graph), asked) == plans(Planner(other), asked)
