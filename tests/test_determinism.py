@@ -14,6 +14,8 @@ import pytest
 from benchmarks.solver import graphs
 from rematerialize.ir import TrainingGraph
 from rematerialize.solve import Planner, frontier, polish, solve
+from rematerialize.solve.native import FlatStep, Workbench, available
+from rematerialize.solve.step import Step, compile_step
 from tests.strategies import budgets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +82,25 @@ def test_the_number_of_threads_makes_no_difference(make: object, monkeypatch: py
         monkeypatch.setattr(polish, "THREADS", threads)
         found.append(plans(Planner(graph), asked_of(graph)))
     assert found[0] == found[1] == found[2]
+
+
+def descended(bench: Workbench, step: Step) -> tuple[int, ...]:
+    """Lower the peak as far as there is room on the bench to write it down."""
+    assert bench.load(step.store_all())
+    bench.descend(bench.peak_bytes() // 8)
+    return bench.plan().order
+
+
+@pytest.mark.skipif(not available, reason="the local search is not compiled")
+def test_a_longer_bench_can_be_told_to_find_what_a_shorter_one_finds() -> None:
+    """Threads take whichever bench is free, and what a search finds depends on the room that it has."""
+    step = compile_step(graphs.chain(80))
+    flat, ops = FlatStep(step), len(step.names)
+    short, long = Workbench(flat, ops + ops // 20), Workbench(flat, 9 * ops)
+    tight = descended(short, step)
+    assert descended(long, step) != tight
+    long.limit(short.length)
+    assert descended(long, step) == tight
 
 
 def test_the_order_of_questions_makes_no_difference() -> None:

@@ -194,6 +194,7 @@ class _Borrowed:
                 self._bench = None
         if self._bench is None:
             self._bench = Workbench(flat, length)
+        self._bench.limit(length)  # whichever bench was free, plans repeat
 
     def __enter__(self) -> Workbench:
         assert self._bench is not None

@@ -36,6 +36,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "bench_new": (pointer, [pointer, number]),
         "bench_free": (None, [pointer]),
+        "bench_limit": (None, [pointer, number]),
         "bench_length": (number, [pointer]),
         "bench_work": (number, [pointer]),
         "bench_makespan_s": (real, [pointer]),
@@ -332,6 +333,10 @@ class Workbench:
     def __del__(self) -> None:
         if getattr(self, "_bench", None):
             self._library.bench_free(self._bench)
+
+    def limit(self, length: int) -> None:
+        """Behave like a bench made for so many executions, at most ``self.length``; before `load`."""
+        self._library.bench_limit(self._bench, length)
 
     def load(self, plan: Plan) -> bool:
         """Lay a valid plan out; False when it is too long for this bench. O(length + edges)."""
