@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.solver import graphs
+from benchmarks.solver import graphs, suite
 from rematerialize.ir import TrainingGraph
 from rematerialize.solve import Planner, frontier, polish, solve
 from rematerialize.solve.native import FlatStep, Workbench, available
@@ -20,7 +20,7 @@ from tests.strategies import budgets
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """
-from benchmarks.solver import graphs
+from benchmarks.solver import graphs, suite
 from rematerialize.solve import Planner
 from tests.strategies import budgets
 for graph in (graphs.unet(2), graphs.towers(2, 4)):
@@ -94,7 +94,7 @@ def descended(bench: Workbench, step: Step) -> tuple[int, ...]:
 @pytest.mark.skipif(not available, reason="the local search is not compiled")
 def test_a_longer_bench_can_be_told_to_find_what_a_shorter_one_finds() -> None:
     """Threads take whichever bench is free, and what a search finds depends on the room that it has."""
-    step = compile_step(graphs.chain(80))
+    step = compile_step(suite.small()["uniform-chain"])
     flat, ops = FlatStep(step), len(step.names)
     short, long = Workbench(flat, ops + ops // 20), Workbench(flat, 9 * ops)
     tight = descended(short, step)
