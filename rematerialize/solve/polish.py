@@ -61,7 +61,8 @@ class Effort:
 def effort_for(ops: int) -> Effort:
     """Return the effort for a number of ops: about a second for up to 1,000, then in proportion."""
     if ops <= SMALL:
-        return Effort(4, 5_000, 20_000, 24_000, 1)
+        share = min(ops, 150)
+        return Effort(4, 33 * share, 133 * share, 160 * share, 1)
     if ops <= MEDIUM:
         share = max(ops, 1_000) // 100
         return Effort(2, 100 * share, 450 * share, 800 * share, 1)
