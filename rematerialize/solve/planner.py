@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rematerialize.errors import BudgetError
 from rematerialize.ir import TrainingGraph
@@ -16,7 +16,8 @@ from rematerialize.schedule import Schedule
 from rematerialize.simulate import simulate
 from rematerialize.solve.bounds import makespan_bound
 from rematerialize.solve.native import FlatStep, available
-from rematerialize.solve.polish import LONG, SMALL, Point, Polisher, fronts
+from rematerialize.solve.order import canonical_order
+from rematerialize.solve.polish import LONG, MEDIUM, SMALL, Point, Polisher, fronts
 from rematerialize.solve.step import Plan, Step, compile_step
 
 HALVINGS = 7  # of the room between two archived peaks, down to the budget that was asked for
@@ -51,9 +52,12 @@ class Planner:
         self.graph = graph
         self._solvers = solvers
         self._time_limit_s = time_limit_s
-        self._step = compile_step(graph)
+        self._given = compile_step(graph)
+        order = canonical_order(self._given) if len(self._given.names) <= MEDIUM else range(len(self._given.names))
+        self._step = self._given.reordered(order)
+        self._place = {op: at for at, op in enumerate(order)}
         self._flat = FlatStep(self._step)
-        self._store_all = self._point(self._step.store_all(), "store_all")
+        self._store_all = self._point(self._from_given(self._given.store_all()), "store_all")
         self._deadline = float("inf")
         self._polisher = Polisher(self._flat, self._point, self._late) if refine and available else None
         self._between: dict[tuple[int, int], Point] = {}
@@ -110,12 +114,9 @@ class Planner:
             self._deadline = time.monotonic() + self._time_limit_s
         points = [self._store_all]
         high, unit = self._store_all.peak_bytes, self._flat.scale
-        step = self._step.coarsened(unit) if unit > 1 else self._step
         asked = [high * percent // 100 // unit for percent in range(95, 3, -5)]
         for name, solver in self._solvers.items():
-            if self._late():
-                break
-            for plan in solver(step, asked):
+            for plan in self._plans(solver, unit, asked):
                 points.append(self._point(plan, name))
                 if self._late():
                     break
@@ -130,6 +131,18 @@ class Planner:
         self._raw = list(fronts([*points, *levels]))
         self._archive = list(fronts([*levels, self._raw[0], self._store_all] if levels else points))
         return self._archive
+
+    def _plans(self, solver: Solver, unit: int, levels: Sequence[int]) -> Iterator[Plan]:
+        """Yield what a solver makes of the step in its canonical order, and in the order it was given in."""
+        steps = (self._step, self._given) if any(op != at for op, at in self._place.items()) else (self._step,)
+        for step in steps:
+            if self._late():
+                return
+            for plan in solver(step.coarsened(unit) if unit > 1 else step, levels):
+                yield plan if step is self._step else self._from_given(plan)
+
+    def _from_given(self, plan: Plan) -> Plan:
+        return Plan(tuple(self._place[op] for op in plan.order), plan.split)
 
     def _finish(self, index: int, budget_bytes: int) -> Point:
         """Return what a search for the budget itself makes of the archived plan below it.

@@ -6,7 +6,7 @@ resident storages are left out altogether, for they cost nothing and never die.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -124,6 +124,31 @@ class Step:
         """Return the step with sizes in another unit, rounded up: what fits it fits this one too."""
         sizes, transients = ((-(-size // unit) for size in all_) for all_ in (self.size_bytes, self.transient_bytes))
         return replace(self, size_bytes=tuple(sizes), transient_bytes=tuple(transients))
+
+    def reordered(self, order: Sequence[int]) -> Step:
+        """Return the step as if the graph had its ops in another executable order. O(edges)."""
+        place = {op: at for at, op in enumerate(order)}
+        old = (*self.tangents, *chain.from_iterable(self.outputs[op] for op in order))
+        new = {value: at for at, value in enumerate(old)}
+
+        def renumbered(values: Iterable[int]) -> tuple[int, ...]:
+            return tuple(new[value] for value in values)
+
+        return Step(
+            names=tuple(self.names[op] for op in order),
+            forwards=self.forwards,
+            time_s=tuple(self.time_s[op] for op in order),
+            transient_bytes=tuple(self.transient_bytes[op] for op in order),
+            inputs=tuple(renumbered(self.inputs[op]) for op in order),
+            outputs=tuple(renumbered(self.outputs[op]) for op in order),
+            recomputable=tuple(self.recomputable[op] for op in order),
+            size_bytes=tuple(self.size_bytes[value] for value in old),
+            producer=tuple(place.get(self.producer[value], -1) for value in old),
+            users=tuple(tuple(sorted(place[op] for op in self.users[value])) for value in old),
+            held_outputs=frozenset(renumbered(self.held_outputs)),
+            held_gradients=frozenset(renumbered(self.held_gradients)),
+            tangents=renumbered(self.tangents),
+        )
 
     def prune(self, order: Sequence[int], split: int) -> Plan:
         """Return the plan without executions whose results nobody reads. O(length + edges)."""
