@@ -23,6 +23,7 @@ from rematerialize.solve.step import Plan, Step, compile_step
 HALVINGS = 7  # of the room between two archived peaks, down to the budget that was asked for
 LEVELS = 18  # between the minimum and store-all
 NEAR = (0, 1, 2, 4, 7, 11)  # more levels near the minimum, in percent above it
+TWICE = "chain"  # the solver that plans larger steps in two orders
 FINE, COARSE = 0.2, 0.05  # effort of the lower bound, for small steps and others
 Solver = Callable[[Step, Sequence[int]], Iterable[Plan]]
 
@@ -116,7 +117,7 @@ class Planner:
         high, unit = self._store_all.peak_bytes, self._flat.scale
         asked = [high * percent // 100 // unit for percent in range(95, 3, -5)]
         for name, solver in self._solvers.items():
-            for plan in self._plans(solver, unit, asked):
+            for plan in self._plans(name, solver, unit, asked):
                 points.append(self._point(plan, name))
                 if self._late():
                     break
@@ -132,10 +133,14 @@ class Planner:
         self._archive = list(fronts([*levels, self._raw[0], self._store_all] if levels else points))
         return self._archive
 
-    def _plans(self, solver: Solver, unit: int, levels: Sequence[int]) -> Iterator[Plan]:
-        """Yield what a solver makes of the step in its canonical order, and in the order it was given in."""
-        steps = (self._step, self._given) if any(op != at for op, at in self._place.items()) else (self._step,)
-        for step in steps:
+    def _plans(self, name: str, solver: Solver, unit: int, levels: Sequence[int]) -> Iterator[Plan]:
+        """Yield what a solver makes of the step in its canonical order, and in the order it was given in.
+
+        In the portfolio for larger steps only the solver that gains most from a second order gets it.
+        """
+        both = len(self._solvers) == 1 or len(self._given.names) <= SMALL or name == TWICE
+        both = both and any(op != at for op, at in self._place.items())
+        for step in (self._step, self._given) if both else (self._step,):
             if self._late():
                 return
             for plan in solver(step.coarsened(unit) if unit > 1 else step, levels):

@@ -65,7 +65,7 @@ def effort_for(ops: int) -> Effort:
         return Effort(4, 33 * share, 133 * share, 160 * share, 1)
     if ops <= MEDIUM:
         share = max(ops, 1_000) // 100
-        return Effort(2, 100 * share, 450 * share, 800 * share, 1)
+        return Effort(2, 60 * share, 300 * share, 500 * share, 1)
     if ops <= LARGE:
         return Effort(2, 20 * (ops // 100), 300 * (ops // 100), 300 * (ops // 100), 2)
     return Effort(1, 0, 0, 0, 3)
