@@ -19,7 +19,7 @@ MAX_STRETCH = 6  # give up when a sweep runs more than this many times the step'
 TINY = 300  # ops up to which every level is tried
 SMALL = 1500  # ops up to which every score is tried
 LONGEST = 200_000  # executions of a plan near the least memory
-BISECTIONS = 8
+BISECTIONS = 12
 LARGE = 12_000  # ops beyond which the sweep is too slow for what it adds
 SCORES = ((1.0, 1.0), (0.7, 0.3))  # powers of size and distance
 
