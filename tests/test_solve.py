@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -278,3 +279,15 @@ def test_bench_memory_and_time_are_those_of_its_plan_after_any_search(graph: Tra
 def names(step: Step, plan: Plan) -> tuple[list[str], list[str]]:
     order = [step.names[op] for op in plan.order]
     return order[: plan.split], order[plan.split :]
+
+
+def test_without_the_compiled_kernel_plans_are_valid_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("native", "planner", "sweep", "descent", "join", "rotor"):
+        found = importlib.import_module(f"rematerialize.solve.{module}")
+        for name, value in (("available", False), ("_library", None)):
+            if hasattr(found, name):
+                monkeypatch.setattr(found, name, value)
+    graph = SMALL["unet"]()
+    planner = Planner(graph)
+    check(graph, planner)
+    assert planner.minimum() < planner.store_all().peak_bytes // 2
