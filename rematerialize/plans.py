@@ -67,6 +67,12 @@ class Plan:
         return self.schedule.time_s / self.store_all_time_s - 1 if self.store_all_time_s else 0.0
 
     @property
+    def gap(self) -> float | None:
+        """How far the makespan is at most above that of any schedule within the budget; None if nothing is proven."""
+        gap = self.schedule.gap
+        return None if gap is None or gap == float("inf") else gap
+
+    @property
     def recomputed(self) -> int:
         """Executions beyond the first of each op."""
         runs = Counter((*self.schedule.forward, *self.schedule.backward))
@@ -81,6 +87,7 @@ class Plan:
             ("smallest budget", format_bytes(self.minimum_bytes)),
             ("resident besides", format_bytes(self.resident_bytes)),
             ("overhead", format_percent(self.overhead)),
+            ("gap to lower bound", "unknown" if self.gap is None else format_percent(self.gap)),
             ("recomputed ops", f"{self.recomputed} of {len(self.graph.ops)}"),
             ("solver", self.schedule.solver),
             ("planned in", format_seconds(self.plan_s)),
@@ -100,6 +107,7 @@ class Plan:
             "minimum_bytes": self.minimum_bytes,
             "resident_bytes": self.resident_bytes,
             "overhead": self.overhead,
+            "gap": self.gap,
             "plan_s": self.plan_s,
             "graph": json.loads(self.graph.to_json()),
             "schedule": json.loads(self.schedule.to_json()),
