@@ -1,8 +1,8 @@
 """One order of a step's ops whatever order it was given in: plans should depend on the graph alone.
 
 The forward is the post-order of a depth-first walk from its ends, deepest inputs first: what an op reads is
-made right before it. The backward takes, of the ops that are ready, the one that needs the latest forward
-values (an op that needs none goes with whoever reads it), then the one that frees most. Ties go by a hash
+made right before it. The backward takes, of the ops that are ready, the one whose earliest forward value is
+the latest (an op that needs none goes with whoever reads it), then the one that frees most. Ties go by a hash
 of what an op descends from and what descends from it, so only ops that nothing tells apart keep the given
 order. A heuristic, as good an order as autograd's own on most steps and better on some.
 """
@@ -73,7 +73,7 @@ def _backward(step: Step, forward: list[int], colour: list[int]) -> list[int]:
     for op in range(count - 1, first - 1, -1):
         reads = [v for v in step.inputs[op] if 0 <= step.producer[v] < first and v not in step.held_outputs]
         after = (level[user] for value in step.outputs[op] for user in step.users[value])
-        level[op] = max(position[step.producer[v]] for v in reads) if reads else max(after, default=first)
+        level[op] = min(position[step.producer[v]] for v in reads) if reads else max(after, default=first)
     left = [sum(user >= first for user in users) for users in step.users]
     growth = [sum(step.size_bytes[v] for v in outputs) for outputs in step.outputs]
     waiting = [sum(step.producer[v] >= first for v in reads) for reads in step.inputs]
