@@ -54,7 +54,7 @@ def squeeze(bench: Workbench, plan: Plan, *, work: int, finest: float) -> Iterat
     while stride > finest and peak > 0 and bench.work < until:
         target = peak - max(peak * int(stride * 2**20) // 2**20, 1)  # in integers: peaks can exceed all floats
         if any(bench.load(plan) and bench.descend(target, stretch=stretch) for stretch in STRETCHES) or (
-            bench.load(plan) and bench.lower(target, work // 8)
+            bench.load(plan) and bench.lower(target, work // 6, seed=1 + int(1000 * stride))
         ):
             bench.spend(target)
             plan, peak = bench.plan(), bench.peak_bytes()

@@ -17,6 +17,7 @@ from rematerialize.solve.step import Plan
 
 THREADS = 2
 RESTART = 10_000  # moves after which a search starts again from its best plan
+HARD = 3  # how much more a level near the minimum of a small step gets
 THRESHOLDS = (0.03, 0.3, 0.003)  # how much slower a plan may be to go on from, restart by restart
 SMALL = 400  # ops up to which quality goes before a second's wait
 MEDIUM = 3_000  # ops up to which every level is searched
@@ -62,7 +63,7 @@ def effort_for(ops: int) -> Effort:
     """Return the effort for a number of ops: about a second for up to 1,000, then in proportion."""
     if ops <= SMALL:
         share = min(ops, 150)
-        return Effort(4, 33 * share, 133 * share, 160 * share, 1)
+        return Effort(4, 33 * share, 133 * share, 300 * share, 1)
     if ops <= MEDIUM:
         share = max(ops, 1_000) // 100
         return Effort(2, 60 * share, 300 * share, 500 * share, 1)
@@ -126,9 +127,11 @@ class Polisher:
             return best
 
         def second(job: tuple[Point, int]) -> Point:
-            return job[0] if self._late() else self.at(job[0], job[1], work=self.effort.second, seed=2)
+            work = self.effort.second * (HARD if self.ops <= SMALL and job[1] <= steep else 1)
+            return job[0] if self._late() else self.at(job[0], job[1], work=work, seed=2)
 
         ranked = sorted({*levels}, reverse=True)
+        steep = ranked[-1] * 115 // 100  # near the minimum plans differ most
         found = [(point, level) for point, level in zip(self._map(first, ranked), ranked, strict=True) if point]
         if self.effort.second:
             found = [(point, level) for point, (_, level) in zip(self._map(second, found), found, strict=True)]
