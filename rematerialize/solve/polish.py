@@ -17,7 +17,7 @@ from rematerialize.solve.step import Plan
 
 THREADS = 2
 RESTART = 10_000  # moves after which a search starts again from its best plan
-HARD = 3  # how much more a level near the minimum of a small step gets
+HARD, HARDEST = 3, 10  # how much more levels near the minimum of a small step get, and the minimum itself
 THRESHOLDS = (0.03, 0.3, 0.003)  # how much slower a plan may be to go on from, restart by restart
 SMALL = 400  # ops up to which quality goes before a second's wait
 MEDIUM = 3_000  # ops up to which every level is searched
@@ -127,7 +127,9 @@ class Polisher:
             return best
 
         def second(job: tuple[Point, int]) -> Point:
-            work = self.effort.second * (HARD if self.ops <= SMALL and job[1] <= steep else 1)
+            work = self.effort.second
+            if self.ops <= SMALL and job[1] <= steep:
+                work *= HARDEST if job[1] == ranked[-1] else HARD
             return job[0] if self._late() else self.at(job[0], job[1], work=work, seed=2)
 
         ranked = sorted({*levels}, reverse=True)
