@@ -342,7 +342,7 @@ def test_random_ops_draw_what_eager_draws(name: str) -> None:
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_an_lstm_in_spans_of_time_gives_the_whole_ones_outputs_bit_for_bit(batch_first: bool, bias: bool) -> None:
+def test_an_lstm_whole_is_eagers_bit_for_bit_and_in_spans_of_time_up_to_rounding(batch_first: bool, bias: bool) -> None:
     class States(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -358,14 +358,14 @@ def test_an_lstm_in_spans_of_time_gives_the_whole_ones_outputs_bit_for_bit(batch
     whole = prepared(model, x)
     assert whole.finer is not None
     spans = 10 if batch_first else 8  # of ceil(0.7 sqrt(steps)) = 5 steps each, 50 or 40 of them
-    for variant, layers in ((whole, 2), (whole.finer, 2 * spans)):
+    # How many rows a matrix product has changes its rounding on some processors (AVX2 without AVX-512).
+    for variant, layers, tolerance in ((whole, 2, 0.0), (whole.finer, 2 * spans, 1e-6)):
         found = [targets(kernel)[0] for kernel in variant.kernels.kernels if kernel.calls]
         assert found.count("training_rnn_layer") == layers
         run_by(model, variant.build(variant.planner.store_all()))
         ours, (ours_h, ours_c) = model(x)
-        assert torch.equal(ours, y)
-        assert torch.equal(ours_h, h)
-        assert torch.equal(ours_c, c)
+        for mine, theirs in ((ours, y), (ours_h, h), (ours_c, c)):
+            torch.testing.assert_close(mine, theirs, rtol=0.0, atol=tolerance)
         del model.forward
 
 

@@ -1,7 +1,8 @@
 """Ops that are too coarse to plan, split during the capture into pieces with the same values.
 
 A fused LSTM layer over 200 steps is one op whose workspace alone can exceed a budget. Run over chunks of the
-time axis, with the state carried over, the same kernel gives bit-equal outputs at the same speed, and each
+time axis, with the state carried over, the same kernel gives the same outputs (to the bit where the rounding of a
+matrix product does not depend on how many rows it has) at the same speed, and each
 chunk can be recomputed on its own. Weight gradients are then summed over chunks: equal up to rounding.
 """
 
