@@ -68,7 +68,7 @@ def effort_for(ops: int) -> Effort:
         share = max(ops, 1_000) // 100
         return Effort(2, 60 * share, 300 * share, 500 * share, 1)
     if ops <= LARGE:
-        return Effort(2, 20 * (ops // 100), 300 * (ops // 100), 300 * (ops // 100), 2)
+        return Effort(1, 0, 60 * (ops // 100), 0, 2)
     return Effort(1, 0, 0, 0, 3)
 
 

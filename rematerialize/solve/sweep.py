@@ -20,6 +20,7 @@ TINY = 300  # ops up to which every level is tried
 SMALL = 1500  # ops up to which every score is tried
 LONGEST = 200_000  # executions of a plan near the least memory
 BISECTIONS = 12
+MEDIUM = 3_000  # ops beyond which the bisection takes longer than all the rest
 LARGE = 12_000  # ops beyond which the sweep is too slow for what it adds
 SCORES = ((1.0, 1.0), (0.7, 0.3))  # powers of size and distance
 
@@ -51,7 +52,7 @@ def least(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
 
     Plans may be long here (chains recomputed from their start): up to `LONGEST` executions.
     """
-    if len(step.names) > LARGE or not available or step.forwards == len(step.names):
+    if len(step.names) > MEDIUM or not available or step.forwards == len(step.names):
         return
     flat = FlatStep(step)
     longest = min(max(MAX_STRETCH, step.forwards) * len(step.names), LONGEST)

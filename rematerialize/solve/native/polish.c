@@ -140,6 +140,7 @@ static double excess_change(Bench *b, i64 mark, i64 target) {
         start = MIN(start, b->log_slot[k]);
         stop = MAX(stop, b->log_slot[k] + 1);
     }
+    b->work += (stop - start) >> 9;
     i64 *then = b->rank_spare;
     for (i64 slot = start; slot <= stop; slot++) then[slot - start] = 0;
     for (i64 k = 0; k < b->ranges; k++) {

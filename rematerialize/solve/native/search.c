@@ -97,7 +97,7 @@ int lower(Bench *b, i64 target, i64 work, uint64_t seed) {
     for (i64 trial = 0; b->work < until; trial++) {
         double stretch = stretches[random_below(b, 4)];
         b->logged = 0;
-        b->work += 8;
+        b->work += 8 + (b->slots >> 8);
         if (trial % 3 == 1) delete_near(b, 1 + random_below(b, 6));
         if (trial % 3 == 2) drop_near(b, 1 + random_below(b, 6), stretch);
         if (descend(b, target, 30, 0.8, stretch, 1)) return 1;
