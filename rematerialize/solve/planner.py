@@ -17,7 +17,7 @@ from rematerialize.simulate import simulate
 from rematerialize.solve.bounds import makespan_bound
 from rematerialize.solve.native import FlatStep, available
 from rematerialize.solve.order import canonical_order
-from rematerialize.solve.polish import LONG, MEDIUM, SMALL, Point, Polisher, fronts
+from rematerialize.solve.polish import MEDIUM, SMALL, Point, Polisher, fronts
 from rematerialize.solve.step import Plan, Step, compile_step
 
 HALVINGS = 7  # of the room between two archived peaks, down to the budget that was asked for
@@ -157,7 +157,7 @@ class Planner:
         so that every budget sees the same levels and overhead never rises with the budget.
         """
         low, best = self._archive[index].peak_bytes, self._archive[index]
-        if self._polisher is None or index + 1 == len(self._archive) or best.length > LONG * self._polisher.ops:
+        if self._polisher is None or index + 1 == len(self._archive) or best.length > self._polisher.longest:
             return best
         if self._late():
             return min(best, self._fastest_within(budget_bytes), key=lambda point: point.time_s)

@@ -90,6 +90,7 @@ class Polisher:
         self._late = late
         self.ops = len(flat.step.names)
         self.effort = effort_for(self.ops)
+        self.longest = (LONG if self.ops <= MEDIUM else LONG // 3) * self.ops
         self._free: list[Workbench] = []
 
     def squeeze(self, points: Sequence[Point]) -> list[Point]:
@@ -98,7 +99,7 @@ class Polisher:
         if not self.effort.squeeze:
             return []
         for point in sorted(points, key=by_peak):
-            if point.length <= LONG * self.ops:
+            if point.length <= self.longest:
                 lowest.setdefault(point.solver, point)
 
         def run(start: Point) -> list[Point]:
@@ -114,7 +115,7 @@ class Polisher:
 
     def levels(self, points: Sequence[Point], levels: Sequence[int]) -> list[Point]:
         """Return the best plan found for each level that has a start, highest first."""
-        short = [point for point in points if point.length <= LONG * self.ops]
+        short = [point for point in points if point.length <= self.longest]
 
         def first(level: int) -> Point | None:
             best: Point | None = None
