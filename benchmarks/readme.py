@@ -24,6 +24,7 @@ from benchmarks.solver.report import summary
 from rematerialize.report.table import markdown_table
 from rematerialize.units import format_bytes, format_percent, format_seconds
 
+AGAIN = ("bench-solver", "bench-solver-unet", "bench-lstm")  # runs of their own, after what they measure changed
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PART = re.compile(
@@ -73,17 +74,18 @@ def _demo_row(cell: dict[str, Any]) -> list[str]:
 def peers() -> str:
     """Return the comparison's short table: us, hand-placed checkpointing and torch's own budget."""
     comparison = Comparison.load(RESULTS / "bench.json")
-    again = Comparison.load(RESULTS / "bench-lstm.json")  # a run of its own, after LSTMs were split otherwise
+    again = [Comparison.load(RESULTS / f"{name}.json") for name in AGAIN]
     headers = ["model", "ours 100%", "ours 50%", "ours minimum", "per block", "same peak", "torch's budget at best"]
-    rows = [_peers_row(result) for result in (*comparison.results, *again.results)]
+    rows = [_peers_row(result) for run in (*again, comparison) for result in run.results]
     note = (
         f"`{comparison.command}`, {comparison.device}, {comparison.threads} thread(s), torch "
         f"{comparison.versions['torch']}. Each cell: measured peak / eager's, step time / eager's, medians of one\n"
         "interleaved run. *Per block* is `torch.utils.checkpoint` placed by hand; *same peak* is our time over its\n"
         "time with a plan for its peak. *torch's budget* is the lowest peak that `activation_memory_budget` reaches\n"
         "at 0.5, 0.2, 0.1 or 0. ~~Struck~~ cells ran, but not eager's step: wrong gradients or BatchNorm updated\n"
-        "twice. Every cell, with noise and reasons: [bench.md](benchmarks/results/bench.md),\n"
-        "[bench-lstm.md](benchmarks/results/bench-lstm.md)."
+        "twice. Every cell, with noise and reasons: [bench.md](benchmarks/results/bench.md); later runs of their own:\n"
+        + ", ".join(f"[{name}.md](benchmarks/results/{name}.md)" for name in AGAIN)
+        + "."
     )
     return f"{markdown_table(headers, rows, '<' + '>' * (len(headers) - 1))}\n\n{note}\n"
 
