@@ -170,7 +170,7 @@ class Planner:
             if (low, high) not in self._between:
                 start = min(best, self._fastest_within(level), key=lambda point: point.time_s)
                 found = self._polisher.at(start, level, work=2 * self._polisher.effort.first, seed=4)
-                if self._polisher.effort.first:
+                if self._polisher.descends:
                     other = self._polisher.down(above, level, work=self._polisher.effort.first)
                     found = self._polisher.better(found, other)
                 if found.time_s < above.time_s:

@@ -20,6 +20,7 @@ RESTART = 10_000  # moves after which a search starts again from its best plan
 HARD, HARDEST = 3, 10  # how much more levels near the minimum of a small step get, and the minimum itself
 THRESHOLDS = (0.03, 0.3, 0.003)  # how much slower a plan may be to go on from, restart by restart
 SMALL = 400  # ops up to which quality goes before a second's wait
+EXCHANGED = 1_500  # ops up to which levels try what a higher one found: descents take long
 MEDIUM = 3_000  # ops up to which every level is searched
 LARGE = 12_000  # ops beyond which schedules are only spent on, not searched around
 LONG = 6  # plans longer than this many times the step's ops aren't searched around: too slow
@@ -66,7 +67,7 @@ def effort_for(ops: int) -> Effort:
         return Effort(4, 33 * share, 133 * share, 300 * share, 1)
     if ops <= MEDIUM:
         share = max(ops, 1_000) // 100
-        return Effort(2, 60 * share, 300 * share, 500 * share, 1)
+        return Effort(2, 60 * share, 300 * share, 250 * share, 1)
     if ops <= LARGE:
         return Effort(1, 0, 60 * (ops // 100), 0, 2)
     return Effort(1, 0, 0, 0, 3)
@@ -90,6 +91,7 @@ class Polisher:
         self._late = late
         self.ops = len(flat.step.names)
         self.effort = effort_for(self.ops)
+        self.descends = self.ops <= EXCHANGED
         self.longest = (LONG if self.ops <= MEDIUM else LONG // 3) * self.ops
         self._free: list[Workbench] = []
 
@@ -144,7 +146,7 @@ class Polisher:
         """Let every level, highest first, try what the levels above and then below it found."""
         work = self.effort.first
         plans = [point for point, _ in found]
-        for at in range(1, len(plans)) if work else ():
+        for at in range(1, len(plans)) if self.descends else ():
             if not self._late():
                 plans[at] = self.better(plans[at], self.down(plans[at - 1], found[at][1], work=work))
         for at in range(len(plans) - 2, -1, -1):
@@ -176,7 +178,7 @@ class Polisher:
         with self._bench(2 * start.length + self.ops) as bench:
             if not bench.load(start.plan):
                 return start
-            bench.spend(level, rounds=20 if self.ops <= LARGE else 2)
+            bench.spend(level, rounds=20 if self.ops <= SMALL else 4 if self.ops <= MEDIUM else 2)
             self._improve(bench, level, work, seed=seed)
             return self._replay(bench.plan(), start.solver)  # a bench rounds sizes, and its sums of times drift
 
