@@ -20,7 +20,7 @@ RESTART = 10_000  # moves after which a search starts again from its best plan
 HARD, HARDEST = 3, 10  # how much more levels near the minimum of a small step get, and the minimum itself
 THRESHOLDS = (0.03, 0.3, 0.003)  # how much slower a plan may be to go on from, restart by restart
 SMALL = 400  # ops up to which quality goes before a second's wait
-EXCHANGED = 1_500  # ops up to which levels try what a higher one found: descents take long
+EXCHANGED = 800  # ops up to which levels try what a higher one found: descents take long
 MEDIUM = 3_000  # ops up to which every level is searched
 LARGE = 12_000  # ops beyond which schedules are only spent on, not searched around
 LONG = 6  # plans longer than this many times the step's ops aren't searched around: too slow
@@ -67,7 +67,7 @@ def effort_for(ops: int) -> Effort:
         return Effort(4, 33 * share, 133 * share, 300 * share, 1)
     if ops <= MEDIUM:
         share = max(ops, 1_000) // 100
-        return Effort(2, 60 * share, 300 * share, 250 * share, 1)
+        return Effort(2, 40 * share, 150 * share, 120 * share, 1)
     if ops <= LARGE:
         return Effort(1, 0, 60 * (ops // 100), 0, 2)
     return Effort(1, 0, 0, 0, 3)
@@ -92,7 +92,7 @@ class Polisher:
         self.ops = len(flat.step.names)
         self.effort = effort_for(self.ops)
         self.descends = self.ops <= EXCHANGED
-        self.longest = (LONG if self.ops <= MEDIUM else LONG // 3) * self.ops
+        self.longest = (LONG if self.ops <= SMALL else LONG // 3) * self.ops
         self._free: list[Workbench] = []
 
     def squeeze(self, points: Sequence[Point]) -> list[Point]:
@@ -121,7 +121,9 @@ class Polisher:
 
         def first(level: int) -> Point | None:
             best: Point | None = None
-            for start in starts(short, level)[: self.effort.starts]:
+            # Near the least memory there may be none but long ones.
+            lowest = starts(points, level)[:1] if self.ops <= MEDIUM else []
+            for start in starts(short, level)[: self.effort.starts] or lowest:
                 if self._late():
                     break
                 found = self.at(start, level, work=self.effort.first)
