@@ -38,15 +38,10 @@ class Reaches:
         """Return the last forward position that can ask for a value, -1 when it is always there."""
         step = self.step
         producer = step.producer[value]
-        if producer < 0 or producer >= step.forwards or self.permanent(value):
+        if producer < 0 or producer >= step.forwards or step.permanent(value):
             return -1
         users = step.users[value]
         return max((u if u < step.forwards else self.level[u - step.forwards] for u in users), default=-1)
-
-    def permanent(self, value: int) -> bool:
-        """Return whether a forward value stays once it is made, whatever a plan decides."""
-        step = self.step
-        return value in step.held_outputs or not step.recomputable[step.producer[value]]
 
     def _backward_memory(self) -> tuple[list[int], list[int]]:
         """Return memory of all that no plan decides, while each backward op runs and between them."""
@@ -58,7 +53,7 @@ class Reaches:
             birth = producer - first
             death = max(step.users[value][-1] - first if step.users[value] else birth, birth)
             if 0 <= producer < first:
-                if not self.permanent(value):
+                if not step.permanent(value):
                     continue
                 birth = 0
                 death = bisect_right(self.level, -producer, key=lambda level: -level) - 1

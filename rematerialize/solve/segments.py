@@ -80,7 +80,7 @@ class Segmentation:
         step = self.step = reaches.step
         self.level, self.reach = reaches.level, reaches.reach
         self.backward_bytes, between = reaches.backward_bytes, reaches.between
-        self.crossing_bytes, self._permanent = reaches.crossing_bytes, reaches.permanent
+        self.crossing_bytes = reaches.crossing_bytes
         cuts = self._cuts(limit)
         sets = self._crossings(cuts)
         self.segments = [
@@ -134,7 +134,7 @@ class Segmentation:
         segment.moving_peak_bytes = self.peak(transit, segment.below, segment.above | segment.lasting)
         wanted: dict[int, None] = {}
         for op in segment.backward:
-            wanted.update((v, None) for v in step.inputs[op] if v in local and not self._permanent(v))
+            wanted.update((v, None) for v in step.inputs[op] if v in local and not self.step.permanent(v))
         covered: set[int] = set()
         if following is not None:
             covered = {v for v in segment.above if self.reach[v] >= following.stop}
@@ -181,7 +181,7 @@ class Segmentation:
             op = step.producer[todo.pop()]
             if segment.start <= op < segment.stop and op not in needed:
                 needed.add(op)
-                todo.extend(v for v in step.inputs[op] if v not in have and not self._permanent(v))
+                todo.extend(v for v in step.inputs[op] if v not in have and not self.step.permanent(v))
         return sorted(needed)
 
     def _option(self, segment: Segment, saved: frozenset[int], covered: set[int]) -> Option:
@@ -220,7 +220,7 @@ class Segmentation:
             if op >= step.forwards:
                 peak = max(peak, memory + self.backward_bytes[op - step.forwards])
             else:
-                fresh = [v for v in step.outputs[op] if v not in live and not self._permanent(v)]
+                fresh = [v for v in step.outputs[op] if v not in live and not self.step.permanent(v)]
                 live.update(fresh)
                 memory += sum(size[v] for v in fresh)
                 peak = max(peak, memory + step.transient_bytes[op])

@@ -67,7 +67,9 @@ class Stages:
         self._at = {op: at for at, op in enumerate(self.forward)}
         self._back_at = {op: at for at, op in enumerate(self.backward)}
         self._levels = self._backward_levels()
-        self._reach = {v: self._reach_of(v) for op in self.forward for v in step.outputs[op] if not self._permanent(v)}
+        self._reach = {
+            v: self._reach_of(v) for op in self.forward for v in step.outputs[op] if not self.step.permanent(v)
+        }
         self.cuts = self._choose(limit)
         self.crossing = self._crossing()
         lows = [-level for level in self._levels]  # rises
@@ -117,18 +119,13 @@ class Stages:
             runs.append(run)
         return self.flat.prune(np.concatenate(runs), split)
 
-    def _permanent(self, value: int) -> bool:
-        """Whether no plan decides over a value: the caller holds it, or it can't be made again."""
-        step = self.step
-        return value in step.held_outputs or not step.recomputable[step.producer[value]]
-
     def _backward_levels(self) -> list[int]:
         """Return for each backward op the highest forward position that it or a later one reads, else -1."""
         levels, highest = [], -1
         for op in reversed(self.backward):
             for value in self.step.inputs[op]:
                 at = self._at.get(self.step.producer[value], -1)
-                if at > highest and not self._permanent(value):
+                if at > highest and not self.step.permanent(value):
                     highest = at
             levels.append(highest)
         levels.reverse()
@@ -183,12 +180,12 @@ class Stages:
         step = self.step
         running, between = self._gradients()
         self.lasting_bytes = between[-1]
-        before = sum(step.size_bytes[v] for op in self.forward for v in step.outputs[op] if self._permanent(v))
+        before = sum(step.size_bytes[v] for op in self.forward for v in step.outputs[op] if self.step.permanent(v))
         forward_s, backward_s, saved, transit_peak, saving_peak, backward_peak = [], [], [], [], [], []
         for stage, (start, stop) in enumerate(pairwise(self.cuts)):
             ops = self.forward[start:stop]
             after = self.backward[self.bounds[stage + 1] : self.bounds[stage]]
-            made = {v for op in ops for v in step.outputs[op] if not self._permanent(v)}
+            made = {v for op in ops for v in step.outputs[op] if not self.step.permanent(v)}
             keep = made.intersection(self.crossing[stage + 1].union(*(step.inputs[op] for op in after)))
             forward_s.append(step.duration_s(ops))
             backward_s.append(step.duration_s(after))
@@ -221,7 +218,7 @@ class Stages:
         made: set[int] = set()
         live = peak = 0
         for at, op in enumerate(run):
-            fresh = [v for v in step.outputs[op] if not self._permanent(v)]
+            fresh = [v for v in step.outputs[op] if not self.step.permanent(v)]
             made.update(fresh)
             live += sum(size[v] for v in fresh)
             peak = max(peak, live + step.transient_bytes[op])
@@ -242,7 +239,7 @@ class Stages:
             last = max((self._back_at[u] for u in users if u in self._back_at), default=-1)
             birth = self._back_at.get(producer, 0)
             if producer in self._at:
-                if not self._permanent(value):
+                if not self.step.permanent(value):
                     continue
                 # Ops run again may read it as long as their level isn't done with.
                 last = max(last, bisect_right(lows, -self._at[producer]) - 1)

@@ -120,6 +120,10 @@ class Step:
         """Return the peak memory of a plan."""
         return max(self.timeline(plan), default=0)
 
+    def permanent(self, value: int) -> bool:
+        """Whether no plan decides over a forward value once it is made: it is held, or can't be made again."""
+        return value in self.held_outputs or not self.recomputable[self.producer[value]]
+
     def coarsened(self, unit: int) -> Step:
         """Return the step with sizes in another unit, rounded up: what fits it fits this one too."""
         sizes, transients = ((-(-size // unit) for size in all_) for all_ in (self.size_bytes, self.transient_bytes))

@@ -42,7 +42,6 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "bench_makespan_s": (real, [pointer]),
         "load": (ctypes.c_int, [pointer, pointer, number, number]),
         "unload": (number, [pointer, pointer]),
-        "respace": (ctypes.c_int, [pointer]),
         "peak": (number, [pointer]),
         "spend": (ctypes.c_int, [pointer, number, number, real]),
         "descend": (ctypes.c_int, [pointer, number, number, real, real, ctypes.c_int]),
