@@ -15,7 +15,7 @@ from benchmarks.solver import graphs, suite
 from rematerialize.ir import Op, TrainingGraph
 from rematerialize.solve import Planner, frontier, polish, solve
 from rematerialize.solve.native import FlatStep, Workbench, available
-from rematerialize.solve.order import canonical_order
+from rematerialize.solve.order import canonical_orders
 from rematerialize.solve.step import Step, compile_step
 from tests.strategies import budgets
 
@@ -170,7 +170,7 @@ def test_a_step_has_one_canonical_order(name: str) -> None:
     shapes = []
     for variant in (graph, reordered(graph, 1), reordered(graph, 2)):
         step = compile_step(variant)
-        step = step.reordered(canonical_order(step))
+        step = step.reordered(canonical_orders(step)[0])
         assert all(step.producer[value] < op for op, reads in enumerate(step.inputs) for value in reads)
         assert step.peak_bytes(step.store_all()) > 0
         shapes.append(
@@ -182,15 +182,16 @@ def test_a_step_has_one_canonical_order(name: str) -> None:
     assert shapes[0] == shapes[1] == shapes[2]
 
 
-@pytest.mark.parametrize("name", ["unet", "gpt2-block", "three-towers", "uniform-chain"])
+@pytest.mark.parametrize("name", ["unet", "gpt2-block", "three-towers", "lstm-cell-10-steps", "random-far", "gcn"])
 def test_the_order_of_independent_ops_changes_overhead_by_a_tenth_of_a_point_at_most(name: str) -> None:
     graph = suite.small()[name]
     mine, theirs = Planner(graph), Planner(reordered(graph, 3))
     full = mine.store_all()
     compared = 0
-    for percent in (90, 75, 60, 45):
-        budget = full.peak_bytes * percent // 100
-        if budget >= max(mine.minimum(), theirs.minimum()):
+    least = max(mine.minimum(), theirs.minimum())  # exactly there the order that was given may still help
+    for part in range(1, 9):
+        budget = least + (full.peak_bytes - least) * part // 8
+        if budget < full.peak_bytes:
             compared += 1
             assert abs(mine.solve(budget).time_s - theirs.solve(budget).time_s) <= TENTH_OF_A_POINT * full.time_s
     assert compared
@@ -198,7 +199,7 @@ def test_the_order_of_independent_ops_changes_overhead_by_a_tenth_of_a_point_at_
 
 def test_a_step_goes_back_and_forth_between_orders() -> None:
     step = compile_step(suite.small()["three-towers"])
-    order = canonical_order(step)
+    order = canonical_orders(step)[0]
     back = [order.index(op) for op in range(len(order))]
     assert step.reordered(order) != step
-    assert step.reordered(order).reordered(back) == step
+    assert step.reordered(order).reordered(back) == step.reordered(range(len(order)))  # inputs sorted

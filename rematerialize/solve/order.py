@@ -1,24 +1,30 @@
-"""One order of a step's ops whatever order it was given in: plans should depend on the graph alone.
+"""Orders of a step's ops that depend on the graph alone, not on the order it was given in.
 
 The forward is the post-order of a depth-first walk from its ends, deepest inputs first: what an op reads is
-made right before it. The backward takes, of the ops that are ready, the one whose earliest forward value is
-the latest (an op that needs none goes with whoever reads it), then the one that frees most. Ties go by a hash
-of what an op descends from and what descends from it, so only ops that nothing tells apart keep the given
-order. A heuristic, as good an order as autograd's own on most steps and better on some.
+made right before it. The backward takes one of the ops that are ready, by one of five rules: whose earliest
+forward value is the latest (an op that needs none goes with whoever reads it, or at once: "eager"), whose latest
+is, what frees most, or that together with all that read the same gradient. None is best on every graph, so
+the planner tries several. Ties go by what an op descends from, what descends from it, its neighbours, and where
+its inputs stand, so that only ops that nothing tells apart keep the given order.
 """
 
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
+from typing import Literal
 
 from rematerialize.solve.step import Step
 
+ROUNDS = 4  # of telling ops apart by their neighbours
+Rule = Literal["earliest", "eager", "latest", "frees", "together"]
+RULES: tuple[Rule, ...] = ("earliest", "eager", "latest", "frees", "together")
 
-def canonical_order(step: Step) -> tuple[int, ...]:
-    """Return the ops in an executable order, the forward first. O(edges log edges)."""
+
+def canonical_orders(step: Step, rules: tuple[Rule, ...] = RULES) -> list[tuple[int, ...]]:
+    """Return the ops in executable orders, the forward first: one per rule, no repeats. O(edges log edges)."""
     colour = _colours(step)
-    forward = _forward(step, colour)
-    return (*forward, *_backward(step, forward, colour))
+    forward = _depth_first(step, colour, range(step.forwards))
+    return list(dict.fromkeys((*forward, *_backward(step, forward, colour, rule)) for rule in rules))
 
 
 def _colours(step: Step) -> list[int]:
@@ -37,22 +43,34 @@ def _colours(step: Step) -> list[int]:
         for value in step.outputs[op]:
             wanted[value] = hash((size[value], flags[value], *sorted(below[user] for user in step.users[value])))
         below[op] = hash((own[op], *sorted(wanted[value] for value in step.outputs[op])))
-    return [hash(pair) for pair in zip(above, below, strict=True)]
+    colour = [hash(pair) for pair in zip(above, below, strict=True)]
+    for _ in range(ROUNDS):
+        colour = [
+            hash(
+                (
+                    colour[op],
+                    *sorted((colour[producer[v]] if producer[v] >= 0 else 0, size[v]) for v in step.inputs[op]),
+                    *(hash((size[v], *sorted(colour[user] for user in step.users[v]))) for v in step.outputs[op]),
+                )
+            )
+            for op in ops
+        ]
+    return colour
 
 
-def _forward(step: Step, colour: list[int]) -> list[int]:
-    depth: list[int] = []
-    makers: list[list[int]] = []
-    for op in range(step.forwards):
-        makers.append(list({step.producer[value] for value in step.inputs[op]}))
-        depth.append(1 + max((depth[maker] for maker in makers[op]), default=0))
-    for found in makers:
+def _depth_first(step: Step, colour: list[int], ops: range) -> list[int]:
+    """Return the post-order of a walk over one part of the step from its ends, deepest inputs first."""
+    depth: dict[int, int] = {}
+    makers: dict[int, list[int]] = {}
+    for op in ops:
+        makers[op] = [maker for maker in {step.producer[value] for value in step.inputs[op]} if maker in ops]
+        depth[op] = 1 + max((depth[maker] for maker in makers[op]), default=0)
+    for found in makers.values():
         found.sort(key=lambda op: (depth[op], colour[op], op))
-    read = {maker for found in makers for maker in found}
-    ends = [op for op in range(step.forwards) if op not in read]
+    read = {maker for found in makers.values() for maker in found}
     order: list[int] = []
     begun: set[int] = set()
-    stack = sorted(ends, key=lambda op: (depth[op], colour[op], op), reverse=True)
+    stack = sorted((op for op in ops if op not in read), key=lambda op: (depth[op], colour[op], op), reverse=True)
     while stack:
         op = stack[-1]
         begun.add(op)
@@ -65,15 +83,34 @@ def _forward(step: Step, colour: list[int]) -> list[int]:
     return order
 
 
-def _backward(step: Step, forward: list[int], colour: list[int]) -> list[int]:
+def _levels(step: Step, position: dict[int, int], rule: Rule) -> list[int]:
+    """Return for every backward op the place in the forward that it goes by, the last first."""
+    first, count = step.forwards, len(step.names)
+    read = [
+        [position[step.producer[v]] for v in values if 0 <= step.producer[v] < first and v not in step.held_outputs]
+        for values in step.inputs
+    ]
+    level = [0] * count
+    for op in range(count - 1, first - 1, -1):
+        after = [level[user] for value in step.outputs[op] for user in step.users[value]]
+        if rule == "together":
+            gradients = (v for v in step.inputs[op] if step.producer[v] >= first)
+            siblings = (user for value in gradients for user in step.users[value])
+            level[op] = max(max(read[user], default=-1) for user in (op, *siblings))
+        elif rule == "latest":
+            level[op] = max(read[op]) if read[op] else min(after, default=first)
+        elif rule == "eager":
+            level[op] = min(read[op], default=first)
+        else:
+            level[op] = min(read[op]) if read[op] else max(after, default=first)
+    return level
+
+
+def _backward(step: Step, forward: list[int], colour: list[int], rule: Rule) -> list[int]:
     first, count = step.forwards, len(step.names)
     position = {op: at for at, op in enumerate(forward)}
     held = step.held_outputs | step.held_gradients
-    level = [0] * count
-    for op in range(count - 1, first - 1, -1):
-        reads = [v for v in step.inputs[op] if 0 <= step.producer[v] < first and v not in step.held_outputs]
-        after = (level[user] for value in step.outputs[op] for user in step.users[value])
-        level[op] = min(position[step.producer[v]] for v in reads) if reads else max(after, default=first)
+    level = _levels(step, position, rule)
     left = [sum(user >= first for user in users) for users in step.users]
     growth = [sum(step.size_bytes[v] for v in outputs) for outputs in step.outputs]
     waiting = [sum(step.producer[v] >= first for v in reads) for reads in step.inputs]
@@ -85,8 +122,10 @@ def _backward(step: Step, forward: list[int], colour: list[int]) -> list[int]:
         growth[op] -= step.size_bytes[value]
         return op
 
-    def key(op: int) -> tuple[int, int, int, int]:
-        return -level[op], growth[op], colour[op], op
+    def key(op: int) -> tuple[int, int, int, list[int], int]:
+        ranks = (growth[op], -level[op]) if rule == "frees" else (-level[op], growth[op])
+        stands = sorted((position.get(step.producer[v], -1) for v in step.inputs[op]), reverse=True)
+        return *ranks, colour[op], stands, op
 
     for value, readers in enumerate(left):
         if readers == 1 and value not in held:
@@ -99,6 +138,7 @@ def _backward(step: Step, forward: list[int], colour: list[int]) -> list[int]:
         if op in done:  # it stood here twice, having come to free more
             continue
         done.add(op)
+        position[op] = first + len(order)
         order.append(op)
         for value in step.inputs[op]:
             left[value] -= 1

@@ -16,7 +16,7 @@ from rematerialize.schedule import Schedule
 from rematerialize.simulate import simulate
 from rematerialize.solve.bounds import makespan_bound
 from rematerialize.solve.native import FlatStep, available
-from rematerialize.solve.order import canonical_order
+from rematerialize.solve.order import RULES, canonical_orders
 from rematerialize.solve.polish import MEDIUM, SMALL, Point, Polisher, fronts
 from rematerialize.solve.step import Plan, Step, compile_step
 
@@ -54,11 +54,15 @@ class Planner:
         self._solvers = solvers
         self._time_limit_s = time_limit_s
         self._given = compile_step(graph)
-        order = canonical_order(self._given) if len(self._given.names) <= MEDIUM else range(len(self._given.names))
-        self._step = self._given.reordered(order)
-        self._place = {op: at for at, op in enumerate(order)}
+        ops = len(self._given.names)
+        orders = [tuple(range(ops))]
+        if ops <= MEDIUM:
+            orders = canonical_orders(self._given, RULES if ops <= SMALL else RULES[:2])
+        self._orders = [(self._given.reordered(order), order) for order in orders]
+        self._step = self._orders[0][0]
+        self._place = {op: at for at, op in enumerate(orders[0])}
         self._flat = FlatStep(self._step)
-        self._store_all = self._point(self._from_given(self._given.store_all()), "store_all")
+        self._store_all = self._point(self._mapped(self._given.store_all(), range(ops)), "store_all")
         self._deadline = float("inf")
         self._polisher = Polisher(self._flat, self._point, self._late) if refine and available else None
         self._between: dict[tuple[int, int], Point] = {}
@@ -113,12 +117,16 @@ class Planner:
             return self._archive
         if self._time_limit_s is not None:
             self._deadline = time.monotonic() + self._time_limit_s
-        points = [self._store_all]
-        high, unit = self._store_all.peak_bytes, self._flat.scale
+        points = [
+            self._point(self._mapped(step.store_all(), order), "store_all", rank)
+            for rank, (step, order) in enumerate(self._orders)
+        ]
+        self._starts = points[: len(self._orders)] if len(self._given.names) <= MEDIUM else []
+        high, unit = points[0].peak_bytes, self._flat.scale
         asked = [high * percent // 100 // unit for percent in range(95, 3, -5)]
         for name, solver in self._solvers.items():
-            for plan in self._plans(name, solver, unit, asked):
-                points.append(self._point(plan, name))
+            for rank, plan in self._plans(name, solver, unit, asked):
+                points.append(self._point(plan, name, rank))
                 if self._late():
                     break
         levels: list[Point] = []
@@ -129,25 +137,31 @@ class Planner:
             wanted = [least + (high - least) * part // LEVELS for part in range(1, LEVELS)][::stride]
             wanted += [min(least * (100 + percent) // 100, high) for percent in NEAR][::stride]
             levels = self._polisher.levels(points, wanted)
+            lower = [point for point in self._polisher.squeeze([self._store_all]) if point.peak_bytes < least]
+            if lower:
+                # Only what the canonical orders can't reach may depend on the order that was given.
+                floor = min(point.peak_bytes for point in lower)
+                levels += self._polisher.levels(lower, [floor + (least - floor) * part // 4 for part in range(4)])
+                points += lower
         self._raw = list(fronts([*points, *levels]))
         self._archive = list(fronts([*levels, self._raw[0], self._store_all] if levels else points))
         return self._archive
 
-    def _plans(self, name: str, solver: Solver, unit: int, levels: Sequence[int]) -> Iterator[Plan]:
+    def _plans(self, name: str, solver: Solver, unit: int, levels: Sequence[int]) -> Iterator[tuple[int, Plan]]:
         """Yield what a solver makes of the step in its canonical order, and in the order it was given in.
 
         In the portfolio for larger steps only the solver that gains most from a second order gets it.
         """
-        both = len(self._solvers) == 1 or len(self._given.names) <= SMALL or name == TWICE
-        both = both and any(op != at for op, at in self._place.items())
-        for step in (self._step, self._given) if both else (self._step,):
+        every = len(self._solvers) == 1 or len(self._given.names) <= SMALL or name == TWICE
+        for rank, (step, order) in enumerate(self._orders if every else self._orders[:1]):
             if self._late():
                 return
             for plan in solver(step.coarsened(unit) if unit > 1 else step, levels):
-                yield plan if step is self._step else self._from_given(plan)
+                yield rank, self._mapped(plan, order) if rank else plan
 
-    def _from_given(self, plan: Plan) -> Plan:
-        return Plan(tuple(self._place[op] for op in plan.order), plan.split)
+    def _mapped(self, plan: Plan, order: Sequence[int]) -> Plan:
+        """Return a plan for the step in some order of the given ops as one for the step that is planned."""
+        return Plan(tuple(self._place[order[op]] for op in plan.order), plan.split)
 
     def _finish(self, index: int, budget_bytes: int) -> Point:
         """Return what a search for the budget itself makes of the archived plan below it.
@@ -170,8 +184,10 @@ class Planner:
             if (low, high) not in self._between:
                 start = min(best, self._fastest_within(level), key=lambda point: point.time_s)
                 found = self._polisher.at(start, level, work=2 * self._polisher.effort.first, seed=4)
-                if self._polisher.descends:
-                    other = self._polisher.down(above, level, work=self._polisher.effort.first)
+                for higher in (above, *self._starts):
+                    other = self._polisher.down(
+                        higher, level, work=self._polisher.effort.first if higher is above else 0
+                    )
                     found = self._polisher.better(found, other)
                 if found.time_s < above.time_s:
                     found = self._polisher.at(start, level, work=0)
@@ -187,9 +203,9 @@ class Planner:
         """Return the fastest plan of the portfolio itself, not searched around, within a budget."""
         return self._raw[bisect_right(self._raw, budget_bytes, key=lambda point: point.peak_bytes) - 1]
 
-    def _point(self, plan: Plan, solver: str) -> Point:
+    def _point(self, plan: Plan, solver: str, rank: int = 0) -> Point:
         order = plan.order
-        return Point(self._flat.peak_bytes(plan), self._step.duration_s(order), len(order), solver, plan)
+        return Point(self._flat.peak_bytes(plan), self._step.duration_s(order), len(order), solver, plan, rank)
 
     def _schedule(self, point: Point, budget_bytes: int) -> Schedule:
         names = [self._step.names[op] for op in point.plan.order]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rematerialize.solve.descent import squeeze
 from rematerialize.solve.native import FlatStep, Workbench
@@ -24,17 +24,22 @@ EXCHANGED = 800  # ops up to which levels try what a higher one found: descents 
 MEDIUM = 3_000  # ops up to which every level is searched
 LARGE = 12_000  # ops beyond which schedules are only spent on, not searched around
 LONG = 6  # plans longer than this many times the step's ops aren't searched around: too slow
+LONGEST = 100  # the same for small steps where no other fits
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A plan that was replayed; ``peak_bytes`` is its peak or a level that it fits."""
+    """A plan that was replayed; ``peak_bytes`` is its peak or a level that it fits.
+
+    ``rank`` tells which of the orders that the planner tries it came from.
+    """
 
     peak_bytes: int
     time_s: float
     length: int
     solver: str
     plan: Plan
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,33 +101,37 @@ class Polisher:
         self._free: list[Workbench] = []
 
     def squeeze(self, points: Sequence[Point]) -> list[Point]:
-        """Return plans of lower peak, from the lowest of the solvers that got lowest."""
-        lowest: dict[str, Point] = {}
+        """Return plans of lower peak, from the lowest of every order and of the solvers that got lowest."""
         if not self.effort.squeeze:
             return []
-        for point in sorted(points, key=by_peak):
-            if point.length <= self.longest:
-                lowest.setdefault(point.solver, point)
+        ranked = sorted((point for point in points if point.length <= self.longest), key=by_peak)
+        orders = {point.rank: point for point in reversed(ranked)}
+        solvers = {point.solver: point for point in reversed(ranked)}
+        lowest = sorted(solvers.values(), key=by_peak)[: self.effort.starts]
+        if self.ops <= MEDIUM:
+            lowest += [point for point in orders.values() if point not in lowest]
 
         def run(start: Point) -> list[Point]:
             found = []
             with self._bench(2 * start.length + 2 * self.ops) as bench:
                 for plan in squeeze(bench, start.plan, work=self.effort.squeeze, finest=0.0005):
-                    found.append(self._replay(plan, start.solver))
+                    found.append(replace(self._replay(plan, start.solver), rank=start.rank))
                     if self._late():
                         break
             return found
 
-        return [point for found in self._map(run, list(lowest.values())[: self.effort.starts]) for point in found]
+        return [point for found in self._map(run, lowest) for point in found]
 
     def levels(self, points: Sequence[Point], levels: Sequence[int]) -> list[Point]:
         """Return the best plan found for each level that has a start, highest first."""
         short = [point for point in points if point.length <= self.longest]
+        limit = self.ops * (0 if self.ops > MEDIUM else LONG if self.ops > SMALL else LONGEST)
+        possible = [point for point in points if point.length <= limit]
 
         def first(level: int) -> Point | None:
             best: Point | None = None
             # Near the least memory there may be none but long ones.
-            lowest = starts(points, level)[:1] if self.ops <= MEDIUM else []
+            lowest = starts(possible, level)[:1]
             for start in starts(short, level)[: self.effort.starts] or lowest:
                 if self._late():
                     break

@@ -143,7 +143,7 @@ class Step:
             forwards=self.forwards,
             time_s=tuple(self.time_s[op] for op in order),
             transient_bytes=tuple(self.transient_bytes[op] for op in order),
-            inputs=tuple(renumbered(self.inputs[op]) for op in order),
+            inputs=tuple(tuple(sorted(renumbered(self.inputs[op]))) for op in order),
             outputs=tuple(renumbered(self.outputs[op]) for op in order),
             recomputable=tuple(self.recomputable[op] for op in order),
             size_bytes=tuple(self.size_bytes[value] for value in old),

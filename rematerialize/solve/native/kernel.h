@@ -79,6 +79,7 @@ int has_previous(const Bench *b, i64 slot);
 void retain(Bench *b, i64 slot);
 i64 missing(Bench *b, i64 value, i64 reader, double stretch);
 int drop(Bench *b, i64 count, i64 reader);
+int shift(Bench *b, i64 slot, i64 wanted);
 
 /* polish.c */
 int spend(Bench *b, i64 budget, i64 rounds, double noise);

@@ -387,3 +387,30 @@ int drop(Bench *b, i64 count, i64 reader) {
     b->work++;
     return 1;
 }
+
+/* Move the execution at a slot towards another, between what it reads and who reads it; 0 when it can't go. */
+int shift(Bench *b, i64 slot, i64 wanted) {
+    const Graph *g = &b->g;
+    i64 op = b->op_at[slot], low = slot >= b->split ? b->split : -1, high = slot >= b->split ? b->slots : b->split;
+    int32_t at = b->first[slot];
+    for (i64 e = g->in_ptr[op]; e < g->in_ptr[op + 1]; e++, at++) {
+        int32_t made = at;
+        while (!b->event[made].write) made = b->event[made].before;
+        low = MAX(low, b->event[made].slot);
+    }
+    for (i64 e = g->out_ptr[op]; e < g->out_ptr[op + 1]; e++, at++) {
+        int32_t next = b->event[at].after;
+        if (next >= 0) high = MIN(high, b->event[next].slot);
+    }
+    wanted = MAX(low + 1, MIN(wanted, high - 1));
+    i64 place_at = wanted;
+    while (place_at > low && b->op_at[place_at] >= 0) place_at--;
+    if (place_at <= low)
+        for (place_at = wanted; place_at < high && b->op_at[place_at] >= 0;) place_at++;
+    if (place_at >= high || place_at <= low) return 0;
+    if (b->events + degree(g, op) > b->event_space || b->logged + 64 > b->slot_space) return 0;
+    insert(b, op, place_at);
+    removal(b, slot);
+    b->work++;
+    return 1;
+}

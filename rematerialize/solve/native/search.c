@@ -38,14 +38,79 @@ static void drop_near(Bench *b, i64 count, double stretch) {
     }
 }
 
+/* Move up to `count` executions from a random place on, each by up to a quarter of the schedule. */
+static void shift_near(Bench *b, i64 count) {
+    i64 slot = random_below(b, b->slots), seen = 0;
+    begin(b);
+    for (; count > 0 && seen < b->slots; seen++, slot = slot + 1 < b->slots ? slot + 1 : 0) {
+        if (b->op_at[slot] < 0 || uniform(b) < 0.3) continue;
+        double reach = uniform(b);
+        i64 by = (i64)(reach * reach * (double)(b->slots >> 2));
+        count -= shift(b, slot, uniform(b) < 0.5 ? slot - by : slot + by);
+    }
+}
+
+/* A slot of the most memory. */
+static i64 fullest(const Bench *b) {
+    i64 top = peak(b);
+    for (i64 block = 0; block << BLOCK_SHIFT < b->slots; block++) {
+        if (b->block_max[block] < top) continue;
+        for (i64 slot = block << BLOCK_SHIFT; slot < b->slots; slot++)
+            if (memory_at(b, slot) >= top) return slot;
+    }
+    return 0;
+}
+
+/* Where any of an execution's outputs is first read; END_SLOT when none is. */
+static i64 first_reader(const Bench *b, i64 slot) {
+    const Graph *g = &b->g;
+    i64 op = b->op_at[slot], found = END_SLOT;
+    int32_t at = b->first[slot] + (int32_t)(g->in_ptr[op + 1] - g->in_ptr[op]);
+    for (i64 e = g->out_ptr[op]; e < g->out_ptr[op + 1]; e++, at++)
+        if (is_read(b, b->event[at].after) && b->event[b->event[at].after].slot < found)
+            found = b->event[b->event[at].after].slot;
+    return found;
+}
+
+/* Run what is held across the fullest slot only right before it is read, and what it alone reads with it. */
+static void sink(Bench *b, i64 depth) {
+    const Graph *g = &b->g;
+    i64 full = fullest(b), slot = random_below(b, full + 1), seen = 0;
+    b->work += b->slots >> 9;
+    for (; seen <= full; seen++, slot = slot > 0 ? slot - 1 : full) {
+        if (b->op_at[slot] < 0 || slot >= full || first_reader(b, slot) >= b->slots) continue;
+        if (first_reader(b, slot) > full && uniform(b) < 0.5) break;
+    }
+    if (seen > full) return;
+    while (depth-- > 0) {
+        i64 op = b->op_at[slot], next = -1, target = first_reader(b, slot) - 1;
+        i64 inputs = g->in_ptr[op + 1] - g->in_ptr[op];
+        if (target >= b->slots || target <= slot || !shift(b, slot, target)) return;
+        while (target > slot && b->op_at[target] != op) target--;
+        for (i64 k = 0; k < inputs; k++) { /* its largest input that nobody else reads any more goes next */
+            int32_t at = b->first[target] + (int32_t)k, before = b->event[at].before;
+            if (is_read(b, b->event[at].after) || !b->event[before].write) continue;
+            i64 made = b->event[before].slot;
+            if (made >= b->split && b->op_at[made] >= 0 && uniform(b) < 0.8) next = made;
+        }
+        if (next < 0) return;
+        slot = next;
+    }
+}
+
 static int perturb(Bench *b, i64 budget) {
     static const double stretches[] = {0.0, 0.25, 1.0};
     double stretch = stretches[random_below(b, 3)], kind = uniform(b);
-    if (kind < 0.5) {
+    if (kind < 0.25) {
+        if (uniform(b) < 0.5) sink(b, 1 + random_below(b, 8));
+        else shift_near(b, 1 + random_below(b, 4));
+        return descend(b, budget, 12, 0.6, stretch, 0);
+    }
+    if (kind < 0.6) {
         delete_near(b, 1 + random_below(b, 4));
         return descend(b, budget, 12, 0.6, stretch, 0);
     }
-    if (kind < 0.75) {
+    if (kind < 0.8) {
         drop_near(b, 1 + random_below(b, 3), stretch);
         return descend(b, budget, 12, 0.6, stretch, 0);
     }
@@ -98,8 +163,13 @@ int lower(Bench *b, i64 target, i64 work, uint64_t seed) {
         double stretch = stretches[random_below(b, 4)];
         b->logged = 0;
         b->work += 8 + (b->slots >> 8);
-        if (trial % 3 == 1) delete_near(b, 1 + random_below(b, 6));
-        if (trial % 3 == 2) drop_near(b, 1 + random_below(b, 6), stretch);
+        if (trial % 4 == 1) delete_near(b, 1 + random_below(b, 6));
+        if (trial % 4 == 2) drop_near(b, 1 + random_below(b, 6), stretch);
+        if (trial % 4 == 3) {
+            if (uniform(b) < 0.6)
+                for (i64 k = random_below(b, 4); k >= 0; k--) sink(b, 1 + random_below(b, 12));
+            else shift_near(b, 1 + random_below(b, 6));
+        }
         if (descend(b, target, 30, 0.8, stretch, 1)) return 1;
         if (!load(b, b->saved, length, split)) return 0;
     }
