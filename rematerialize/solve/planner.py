@@ -23,7 +23,7 @@ from rematerialize.solve.step import Plan, Step, compile_step
 HALVINGS = 7  # of the room between two archived peaks, down to the budget that was asked for
 LEVELS = 18  # between the minimum and store-all
 NEAR = (0, 1, 2, 4, 7, 11)  # more levels near the minimum, in percent above it
-TWICE = "chain"  # the solver that plans larger steps in two orders
+TWICE = ("chain", "descent")  # the solvers that plan larger steps in two orders
 FINE, COARSE = 0.2, 0.05  # effort of the lower bound, for small steps and others
 Solver = Callable[[Step, Sequence[int]], Iterable[Plan]]
 
@@ -152,7 +152,7 @@ class Planner:
 
         In the portfolio for larger steps only the solver that gains most from a second order gets it.
         """
-        every = len(self._solvers) == 1 or len(self._given.names) <= SMALL or name == TWICE
+        every = len(self._solvers) == 1 or len(self._given.names) <= SMALL or name in TWICE
         for rank, (step, order) in enumerate(self._orders if every else self._orders[:1]):
             if self._late():
                 return
