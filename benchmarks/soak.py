@@ -104,6 +104,7 @@ def soak(steps: int = STEPS) -> Soak:
     spec = MODELS[MODEL]
     torch.manual_seed(0)
     (eager, inputs), (wrapped, _) = spec.build("test"), spec.build("test")
+    assert isinstance(inputs, tuple)
     wrapped.load_state_dict(eager.state_dict())
     plan = remat.plan(wrapped, inputs, activation_budget=_minimum(wrapped, inputs))
     remat.wrap(wrapped, plan=plan)
