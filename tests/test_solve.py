@@ -291,3 +291,15 @@ def test_without_the_compiled_kernel_plans_are_valid_still(monkeypatch: pytest.M
     planner = Planner(graph)
     check(graph, planner)
     assert planner.minimum() < planner.store_all().peak_bytes // 2
+
+
+@pytest.mark.skipif(not importlib.import_module("rematerialize.solve.native").available, reason="not compiled")
+def test_a_kernel_of_another_version_is_left_alone_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = importlib.import_module("rematerialize.solve.native")
+
+    def declare(library: object) -> None:
+        raise AttributeError("undefined symbol: shift")
+
+    monkeypatch.setattr(native, "_declare", declare)
+    with pytest.warns(RuntimeWarning, match="install the package again"):
+        assert native._load() is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -27,7 +28,15 @@ def _load() -> ctypes.CDLL | None:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).parent / f"_kernel{suffix}"
         if path.exists():
-            return _declare(ctypes.CDLL(str(path)))
+            try:
+                return _declare(ctypes.CDLL(str(path)))
+            except (AttributeError, OSError) as error:
+                warnings.warn(
+                    f"the compiled kernel {path.name} doesn't fit this version of rematerialize ({error}); plans are "
+                    "made without it, and are slower: install the package again",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
     return None
 
 
