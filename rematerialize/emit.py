@@ -39,6 +39,8 @@ class EmittedStep:
         Positions among the joint outputs that the forward returns, in order.
     saved_outputs : tuple of int
         Those among ``outputs`` whose storage the backward reads: the user must not change them in place.
+    recomputes : bool
+        Does the backward run ops of the forward?
     """
 
     forward: fx.GraphModule
@@ -48,6 +50,7 @@ class EmittedStep:
     backward_tangents: tuple[int, ...]
     outputs: tuple[int, ...]
     saved_outputs: tuple[int, ...]
+    recomputes: bool
 
 
 def emit(graph: KernelGraph, schedule: Schedule, outputs: Sequence[int]) -> EmittedStep:
@@ -94,6 +97,7 @@ def emit(graph: KernelGraph, schedule: Schedule, outputs: Sequence[int]) -> Emit
             for index in outputs
             if read_late.intersection(graph.storage_of[joint.outputs[index]])  # type: ignore[index]
         ),
+        recomputes=any(kernels[name].phase == "forward" for name in schedule.backward),
     )
 
 
@@ -158,6 +162,7 @@ class _Emitter:
 
     def _note(self, node: fx.Node, value: fx.Node) -> None:
         self.values[node] = value
+        value.meta["val"] = node.meta["val"]
         for name in self.source.storage_of[node]:
             self.showing.setdefault(name, set()).add(node)
 
@@ -215,6 +220,8 @@ class _Emitter:
         self.values[key] = node
         if isinstance(key, fx.Node):
             self._note(key, node)
+        if group == "tangent":
+            node.meta["tangent"] = len(order) - 1
         return node
 
     def _after_placeholders(self, group: str) -> Any:

@@ -8,31 +8,73 @@ a running backward to its end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, fx
 
 from rematerialize import torch_private as private
+from rematerialize.capture.aliasing import phase_of, tensors_of
 from rematerialize.capture.step import CapturedStep
 from rematerialize.emit import EmittedStep
+from rematerialize.errors import RematerializeError
+from rematerialize.partial import without_tangents
 
 _TWICE = (
     "Trying to backward through the graph a second time: the rematerialized step freed its saved tensors during "
     "the first backward. Specify retain_graph=True in the first backward if you need to go through it again."
 )
 
+_DOUBLE = (
+    "double backward: this differentiates gradients that a rematerialized step computed, and its backward can't be "
+    "differentiated. Take the inner gradient inside the wrapped module's forward (torch.autograd.grad(..., "
+    "create_graph=True) is then part of the plan), or call rematerialize.unwrap(model) first"
+)
+_AUTOCAST = (
+    "backward() was called under autocast, where eager would compute {op} of this step in {dtype} rather than {given}: "
+    "call backward() outside of the autocast context, as torch recommends"
+)
+_BATCHED = (
+    "gradients of this step were asked for in a batch (is_grads_batched=True, or jacobian with vectorize=True), which "
+    "would multiply the memory that was planned: ask for one at a time, with retain_graph=True"
+)
+_SETTINGS = (
+    "{name} was {before} in the forward of this step and is {now} in its backward, which recomputes a part of the "
+    "forward: call backward() under the settings of the forward, or wrap with a budget at which nothing is recomputed"
+)
+
+
+def check_surroundings(tensors: Iterable[Tensor]) -> None:
+    """Refuse to run a step inside of what it can't take part in; ``tensors`` are all that it reads.
+
+    Raises
+    ------
+    RematerializeError
+        Under ``torch.func`` transforms, forward-mode differentiation or hooks on saved tensors.
+    """
+    if private.transform_around() or private.carry_tangents(tensors):
+        raise RematerializeError(
+            "a torch.func transform (grad, vmap, jvp) or forward-mode differentiation goes through this model, and a "
+            "planned step can't take part: use it inside the wrapped module's forward, where it is planned, or call "
+            "rematerialize.unwrap(model) first"
+        )
+    if private.saving_hooks_around():
+        raise RematerializeError(
+            "saved_tensors_hooks are active around this model (torch.autograd.graph.save_on_cpu and "
+            "torch.utils.checkpoint with use_reentrant=False are such hooks), and what a planned step saves doesn't go "
+            "through them: call the wrapped model outside of them"
+        )
+
 
 @dataclass(slots=True)
 class _Box:
-    """What the two functions of one step hand to each other."""
+    """What the two functions of one step hand to each other; a tangent is None where an output got no gradient."""
 
     primals: list[Tensor] | None = None
     outputs: list[Tensor] | None = None
-    tangents: list[Tensor] | None = None
+    tangents: list[Tensor | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +83,15 @@ class TrainingStep:
 
     captured: CapturedStep
     emitted: EmittedStep
+    _partial: dict[frozenset[int], fx.GraphModule] = field(default_factory=dict, compare=False)
+
+    def backward(self, absent: frozenset[int]) -> fx.GraphModule:
+        """The backward graph for when the tangents at some positions are absent."""
+        if not absent:
+            return self.emitted.backward
+        if absent not in self._partial:
+            self._partial[absent] = without_tangents(self.emitted.backward, absent)
+        return self._partial[absent]
 
     def __call__(self, primals: Sequence[Tensor]) -> Any:
         joint = self.captured.joint
@@ -85,25 +136,59 @@ class _Compute(torch.autograd.Function):
         # An output that is saved too will know this step as its maker: saved as itself, it would never be freed.
         returned = {id(output) for output in box.outputs}
         ctx.saved_values = [v.detach() if id(v) in returned else v for v in results[count:]]
-        ctx.step, ctx.box = step, box
+        ctx.step, ctx.box, ctx.settings = step, box, private.numeric_settings()
         # Through save_for_backward, autograd notices a parameter that is changed before the backward.
         ctx.save_for_backward(*[primals[i] for i in emitted.backward_primals])
-        return differentiable[0].new_empty(0, dtype=torch.float32)
+        # Nothing is differentiable here where every output is an input or a view of one.
+        return (differentiable or primals)[0].new_empty(0, dtype=torch.float32)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         step: TrainingStep = ctx.step
         if ctx.saved_values is None:
             raise RuntimeError(_TWICE)
+        _check_settings(step, ctx.settings)
+        absent = frozenset(i for i, tangent in enumerate(ctx.box.tangents) if tangent is None)
         boxed = [*ctx.saved_values, *ctx.box.tangents, *ctx.saved_tensors]
         ctx.box.tangents = None
         if not private.backward_keeps_graph():
             ctx.saved_values = None
-        with private.disable_autocast():
-            gradients = step.emitted.backward.forward(boxed)
+        differentiated_again = torch.is_grad_enabled()
+        with torch.no_grad(), private.disable_autocast():
+            gradients = step.backward(absent).forward(boxed)
         wanted = [g for g, node in zip(gradients, step.captured.joint.gradients, strict=True) if node is not None]
+        if differentiated_again:
+            anchor = torch.empty(0, requires_grad=True)
+            wanted = _Once.apply(anchor, *wanted)  # type: ignore[no-untyped-call]
         return (None, None, *wanted)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients under ``create_graph=True``: as in eager they require grad, whatever the loss; their own refuse."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(_DOUBLE)
+
+
+def _check_settings(step: TrainingStep, before: dict[str, Any]) -> None:
+    """Refuse a backward under settings for which eager's would not be the recorded one."""
+    joint = step.captured.joint
+    device = joint.primals[0].meta["val"].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        for node in joint.graph.nodes:
+            if node.op == "call_function" and phase_of(node) == "backward":
+                given = [t.dtype for source in node.all_input_nodes for _, t in tensors_of(source.meta["val"])]
+                if private.autocast_changes(node.target, given, device, dtype):
+                    raise RuntimeError(_AUTOCAST.format(op=node.target, dtype=dtype, given=given[0]))
+    for name, now in private.numeric_settings().items():
+        if now != before[name] and step.emitted.recomputes:
+            raise RuntimeError(_SETTINGS.format(name=name, before=before[name], now=now))
 
 
 class _Expose(torch.autograd.Function):
@@ -123,22 +208,24 @@ class _Expose(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *received: Tensor | None) -> tuple[Tensor, None, None]:
         step: TrainingStep = ctx.step
         _ = ctx.saved_tensors  # raises when the user changed an output in place that the backward reads
+        if any(tangent is not None and private.is_batched(tangent) for tangent in received):
+            raise RuntimeError(_BATCHED)
         by_position = dict(zip(step.emitted.outputs, received, strict=True))
         tangents = []
         for index in step.emitted.backward_tangents:
             node, position = step.captured.joint.tangents[index]
-            tangents.append(_tangent(by_position[position], node.meta["val"], ctx.token.device))
+            tangents.append(_tangent(by_position[position], node.meta["val"]))
         ctx.box.tangents = tangents
         return ctx.token.new_zeros(0), None, None
 
 
-def _tangent(received: Tensor | None, like: Tensor, device: torch.device) -> Tensor:
-    """A tangent in the layout that the backward graph was traced with; zeros for an unused output."""
-    if received is not None and received.stride() == like.stride():
+def _tangent(received: Tensor | None, like: Tensor) -> Tensor | None:
+    """A tangent in the layout that the backward graph was traced with."""
+    if received is None or received.stride() == like.stride():
         return received
     fresh = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-    return fresh.zero_() if received is None else fresh.copy_(received)
+    with torch.no_grad():
+        return fresh.copy_(received)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rematerialize import torch_private as private
 from rematerialize.capture import FlatInputs
 
 
@@ -63,9 +64,4 @@ def _modes() -> Hashable:
     autocast = [
         (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     ]
-    return (
-        tuple(autocast),
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-    )
+    return (tuple(autocast), tuple(private.numeric_settings().values()))

@@ -11,7 +11,7 @@ import operator
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -299,6 +299,53 @@ def view_again(base: Tensor, like: Tensor, alias: OutputAlias) -> Tensor:
     return result
 
 
+# What autocast computes in the lower precision, of the ops that backward formulas call; its other ops go to float32.
+_LOWERED = frozenset({"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "addr", "matmul", "linear"})
+
+
+def autocast_changes(target: Any, given: Sequence[torch.dtype], device: str, dtype: torch.dtype) -> bool:
+    """Would autocast to ``dtype`` on a device hand other dtypes to an ATen op than the ``given`` ones?"""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return False
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), f"Autocast{device.upper()}"):
+        return False
+    if schema.name.removeprefix("aten::") in _LOWERED:
+        return any(one in (torch.float32, torch.float16, torch.bfloat16) and one != dtype for one in given)
+    mixed = len({one for one in given if one.is_floating_point}) > 1
+    return mixed or torch.float16 in given or torch.bfloat16 in given
+
+
+_FP32_PRECISION = (("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn"))
+
+
+def numeric_settings() -> dict[str, Any]:
+    """Process-wide settings on which the bits of a kernel, or the choice of one, depend."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    read = getattr(torch._C, "_get_fp32_precision_getter", None)  # since torch 2.9
+    return {
+        "fp32_precision": tuple(read(*where) for where in _FP32_PRECISION) if read is not None else None,
+        "torch.get_default_dtype()": torch.get_default_dtype(),
+        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
+        "torch.get_float32_matmul_precision()": torch._C._get_float32_matmul_precision(),
+        "torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction": (
+            torch._C._get_cublas_allow_fp16_reduced_precision_reduction()
+        ),
+        "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction": (
+            torch._C._get_cublas_allow_bf16_reduced_precision_reduction()
+        ),
+        "torch.backends.cudnn.deterministic": cudnn.deterministic,
+        "torch.backends.cudnn.enabled": cudnn.enabled,
+        "torch.backends.mkldnn.enabled": torch._C._get_mkldnn_enabled(),
+        "the kernels that scaled_dot_product_attention may use": (
+            cuda.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
+            cuda.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]
+            cuda.math_sdp_enabled(),  # type: ignore[no-untyped-call]
+            cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
+        ),
+    }
+
+
 def storage_key(tensor: Tensor) -> int:
     """Identity of the storage of a (fake or real) tensor, valid while the tensor is alive."""
     return int(tensor.untyped_storage()._cdata)
@@ -323,6 +370,51 @@ class BoxedCodeGen(CodeGen):
         if not names:
             return head
         return f"{head}\n    {', '.join(names)}, = boxed\n    boxed.clear()"
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Does it stand for many, under vmap?"""
+    return "Batched" in repr(torch._C._dispatch_keys(tensor))  # two keys, one of them without a name in Python
+
+
+def transform_around() -> bool:
+    """Is a ``torch.func`` transform (grad, vmap, jvp) at work?"""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def carry_tangents(tensors: Iterable[Tensor]) -> bool:
+    """Is one of them a dual tensor of forward-mode differentiation?"""
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level < 0:
+        return False
+    unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
+    return any(unpack(tensor).tangent is not None for tensor in tensors)
+
+
+def saving_hooks_around() -> bool:
+    """Would what autograd saves now go through hooks (``saved_tensors_hooks``)?"""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+@contextlib.contextmanager
+def own_saving_hooks(found: Callable[[], None]) -> Iterator[None]:
+    """Call ``found`` when this thread enters a ``saved_tensors_hooks`` of its own.
+
+    A trace doesn't call such hooks; torch's classes of them (``save_on_cpu``, checkpoint's) keep values as they are.
+    """
+    kind, thread = torch.autograd.graph.saved_tensors_hooks, threading.get_ident()
+    enter = kind.__enter__
+
+    def noted(self: Any) -> Any:
+        if threading.get_ident() == thread and (type(self) is kind or not type(self).__module__.startswith("torch.")):
+            found()
+        return enter(self)
+
+    kind.__enter__ = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        kind.__enter__ = enter  # type: ignore[method-assign]
 
 
 getitem = operator.getitem

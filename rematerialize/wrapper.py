@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 import threading
 from collections import OrderedDict
@@ -15,7 +16,8 @@ from torch import nn
 
 from rematerialize.capture import FlatInputs, flatten_inputs
 from rematerialize.plans import Plan
-from rematerialize.runtime import TrainingStep
+from rematerialize.python_state import PythonState, changed
+from rematerialize.runtime import TrainingStep, check_surroundings
 from rematerialize.signature import signature
 from rematerialize.units import format_bytes, format_percent
 
@@ -74,6 +76,7 @@ class RematerializedForward:
         if not (self.model.training and torch.is_grad_enabled()):
             return self.original(*args, **kwargs)
         inputs = flatten_inputs(args, kwargs)
+        check_surroundings(itertools.chain(inputs.tensors, self.model.parameters(), self.model.buffers()))
         step = self.step_for(inputs)
         return step([*(slot.read() for slot in step.captured.slots), *inputs.tensors])
 

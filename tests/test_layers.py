@@ -28,6 +28,7 @@ LAYERS = {
     "cost": 5,
     "measure": 5,
     "emit": 5,
+    "partial": 5,
     "report/": 5,
     "runtime": 6,
     "signature": 6,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import (
@@ -149,7 +150,7 @@ class _Builder:
                 calls=[(node, None)],
                 reads=self.graph.storages(node.all_input_nodes),
                 writes=[name for _, name in self.aliases.created[node]],
-                once=node.meta.get("once", False) or node in self.updates,
+                once=node.meta.get("once", False) or _must_save(node) or node in self.updates,
                 random=is_random(node),
             )
             self.index[kernel.name] = len(self.graph.kernels)
@@ -210,6 +211,7 @@ class _Builder:
         others = [read for read in kernel.reads if read != name]
         maker.calls.append((kernel.head, form))
         maker.random = maker.random or kernel.random
+        maker.once = maker.once or kernel.once
         for read in others:
             self.readers[read] = [maker if reader is kernel else reader for reader in self.readers[read]]
             if read not in maker.reads:
@@ -329,3 +331,8 @@ class _Builder:
 def _is_norm(node: fx.Node) -> bool:
     """Batch norms recompute by their stateless form, so their update doesn't forbid recomputation."""
     return "_native_batch_norm_legit" in str(node.target)
+
+
+def _must_save(node: fx.Node) -> bool:
+    """Did a policy of selective activation checkpointing in the model ask for it?"""
+    return node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE

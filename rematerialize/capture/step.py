@@ -195,7 +195,7 @@ class _Recorder:
     def __call__(self, *flat: Tensor) -> Sequence[Tensor]:
         self.in_backward = False
         args, kwargs = self.inputs.rebuild(flat[len(self.slots) :])
-        with _swapped(self.homes, flat), self.recurrences:
+        with _swapped(self.homes, flat), self.recurrences, private.own_saving_hooks(_refuse_hooks):
             # Inside the swap: attributes are compared with the values that the swap put there.
             previous, self.recurrences.called = self.recurrences.called, []
             with unchanged_python(self.model, self.caches, self.settled):
@@ -237,6 +237,13 @@ class _Recorder:
                     f"the forward replaces {self.slots[index].name!r} by a new tensor: change it in place "
                     "(for example self.buffer.copy_(value)) so that the update is part of the step"
                 )
+
+
+def _refuse_hooks() -> None:
+    raise CaptureError(
+        "the forward enters torch.autograd.graph.saved_tensors_hooks, which a planned step doesn't call: what it saves "
+        "is the plan's; leave them out, or wrap a part of the model without them"
+    )
 
 
 def _homes(model: nn.Module, slots: Sequence[TensorSlot]) -> list[tuple[nn.Module, str, int]]:
