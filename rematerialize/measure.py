@@ -6,6 +6,7 @@ from the allocator's own events, so that workspace inside a kernel (convolutions
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ _BORDER_BYTES = 4099
 _LEAST_RUNS = 3
 _BLOCK = 4096
 _TIMED_SECONDS_PER_KERNEL = 0.02
+_GUESSED_CALL_S, _GUESSED_S_PER_BYTE = 1e-5, 1e-9
 
 
 class CostModel:
@@ -47,17 +49,21 @@ class CostModel:
 
 
 def _measure(fresh: dict[str, Kernel], time_limit_s: float) -> dict[str, KernelCost]:
-    memory = {signature: _Memory(0, {}) for signature in fresh}
+    memory: dict[str, _Memory] = {}
     first_s: dict[str, float] = {}
     devices = {device.type for kernel in fresh.values() for device in _devices(kernel)}
     if devices <= {"cpu"}:
         memory, first_s = _memory_by_events(fresh)
     else:
         for signature, kernel in fresh.items():
-            memory[signature], first_s[signature] = _memory_by_statistics(kernel)
+            with _refusing_data():
+                memory[signature], first_s[signature] = _memory_by_statistics(kernel)
     deadline = time.perf_counter() + time_limit_s
     costs = {}
-    for signature, kernel in sorted(fresh.items(), key=lambda item: first_s[item[0]]):
+    for signature, kernel in sorted(fresh.items(), key=lambda item: first_s.get(item[0], 0.0)):
+        if signature not in memory:
+            costs[signature] = _guess(kernel)
+            continue
         measured = first_s[signature]
         if time.perf_counter() < deadline:
             measured = min(measured, _time(kernel, deadline))
@@ -76,19 +82,26 @@ def _memory_by_events(fresh: dict[str, Kernel]) -> tuple[dict[str, _Memory], dic
     """CPU: run every kernel once under the profiler and cut the event stream at the border blocks."""
     sizes: dict[str, dict[int, int]] = {}
     first_s: dict[str, float] = {}
+    began: list[str] = []
     with private.allocation_events() as read:
         for signature, kernel in fresh.items():
-            run = _prepare(kernel)
-            torch.empty(_BORDER_BYTES, dtype=torch.uint8)
-            start = time.perf_counter()
-            result = run()
-            first_s[signature] = time.perf_counter() - start
-            torch.empty(_BORDER_BYTES, dtype=torch.uint8)
-            sizes[signature] = _sizes(result)
-            del run, result
+            with _refusing_data():
+                run = _prepare(kernel)
+                began.append(signature)
+                torch.empty(_BORDER_BYTES, dtype=torch.uint8)
+                start = time.perf_counter()
+                try:
+                    result = run()
+                    first_s[signature] = time.perf_counter() - start
+                finally:
+                    torch.empty(_BORDER_BYTES, dtype=torch.uint8)
+                sizes[signature] = _sizes(result)
+                del run, result
     windows = _windows(read())
     memory = {}
-    for signature, window in zip(fresh, windows, strict=True):
+    for signature, window in zip(began, windows, strict=True):
+        if signature not in sizes:
+            continue
         level = peak = 0
         for change in window:
             level += change
@@ -96,6 +109,28 @@ def _memory_by_events(fresh: dict[str, Kernel]) -> tuple[dict[str, _Memory], dic
         # Not "less what is left at the end": outputs that the fake kernel believes to be one tensor may be two.
         memory[signature] = _Memory(max(0, peak - _owned(fresh[signature], sizes[signature])), sizes[signature])
     return memory, first_s
+
+
+@contextlib.contextmanager
+def _refusing_data() -> Iterator[None]:
+    """Let an op refuse synthetic data (a matrix that isn't positive definite, a pivot out of range)."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, ValueError):
+        pass
+
+
+def _guess(kernel: Kernel) -> KernelCost:
+    """The cost of a kernel that synthetic data doesn't suit (pivots that permute nothing, say).
+
+    Workspace as large as all that it reads and writes: factorizations copy their input, few need more.
+    """
+    nodes = {node for call, _ in kernel.calls for node in (call, *call.all_input_nodes)}
+    tensors = [tensor for node in nodes for _, tensor in tensors_of(node.meta["val"])]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return KernelCost(_GUESSED_CALL_S + size * _GUESSED_S_PER_BYTE, size)
 
 
 def _owned(kernel: Kernel, sizes: dict[int, int]) -> int:
@@ -216,6 +251,11 @@ def _synthetic(value: Any) -> Any:
     base = torch.empty(max(needed, 0), dtype=value.dtype, device=value.device)
     if value.is_floating_point():
         _fill(base)
+        filled = base.as_strided(value.shape, value.stride())
+        if value.dim() >= 2 and value.shape[-1] == value.shape[-2] > 1:
+            # So that factorizations and solvers find a positive definite matrix.
+            filled.diagonal(dim1=-2, dim2=-1).fill_(float(value.shape[-1]))
+        return filled
     elif value.is_complex():
         base.fill_(0.5)
     else:

@@ -32,10 +32,13 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._library import simple_registry
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.fx.graph import CodeGen
+from torch.fx.node import _side_effectful_functions
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 # The trace patches process-wide state of torch (the composite kernels): one trace at a time.
 _TRACE_LOCK = threading.RLock()
@@ -128,6 +131,28 @@ def _compiling_flag() -> Iterator[None]:
         torch.compiler._is_compiling_flag = old
 
 
+# Eager raises its LinAlgError here. It has no output, so that a trace would drop it.
+linalg_check = torch.ops.aten._linalg_check_errors.default
+
+
+@contextlib.contextmanager
+def _plain_checks() -> Iterator[None]:
+    """Record the checks of linear algebra as plain calls.
+
+    torch registers them as effects, for which a trace gets inputs and outputs more: tokens that keep an order.
+    """
+    holder = simple_registry.singleton.find("aten::_linalg_check_errors").effect
+    effect, kept = holder._effect, linalg_check in _side_effectful_functions
+    holder._effect = None
+    _side_effectful_functions.add(linalg_check)
+    try:
+        yield
+    finally:
+        holder._effect = effect
+        if not kept:
+            _side_effectful_functions.discard(linalg_check)
+
+
 @contextlib.contextmanager
 def _recorded_sources() -> Iterator[None]:
     """Note on each forward node the user's line that asked for it (``meta["source"]``).
@@ -200,6 +225,7 @@ def trace_joint(function: Callable[..., Sequence[Tensor]], primals: Sequence[Ten
         contextlib.ExitStack() as stack,
         _eager_composites(),
         _compiling_flag(),
+        _plain_checks(),
         _recorded_sources(),
         functorch_config.patch(backward_pass_autocast="off"),
     ):

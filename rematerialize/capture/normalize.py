@@ -50,6 +50,7 @@ def normalize(joint: private.JointTrace) -> NormalGraph:
     _rnn_layers_with_workspace(graph)
     _mixed_precision_statistics(graph)
     write_through_scatters(graph)
+    _checks_once(graph, written)
     pending = _statistics_in_place(joint, written)
     _keep_old_values(joint, [joint.primals[index] for index, _ in pending])
     _write_mutations(joint, pending, written)
@@ -98,6 +99,15 @@ def _rnn_layers_with_workspace(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is aten.mkldnn_rnn_layer.default:
             node.target = private.training_rnn_layer
+
+
+def _checks_once(graph: fx.Graph, written: dict[fx.Node, tuple[fx.Node, ...]]) -> None:
+    """What eager checks in the forward (that a factorization succeeded) is an effect that writes nothing."""
+    for node in graph.nodes:
+        if node.target is private.linalg_check:
+            node.meta["val"] = None
+            if phase_of(node) == "forward":
+                written[node] = ()
 
 
 def _mixed_precision_statistics(graph: fx.Graph) -> None:
@@ -258,7 +268,7 @@ def _drop_dead(normal: NormalGraph) -> None:
     for node in reversed(joint.graph.nodes):
         if node.op == "output":
             continue
-        if node in needed or (node.op == "call_function" and is_random(node)):
+        if node in needed or node.target is private.linalg_check or (node.op == "call_function" and is_random(node)):
             needed.update(node.all_input_nodes)
         elif node.op != "placeholder":
             joint.graph.erase_node(node)
