@@ -130,19 +130,22 @@ class _Emitter:
             return
         restore = None
         if again and kernel.random:
-            restore = self.graph.call_function(swap_generator_state, (self.value(kernel.rng), kernel.rng_device))
+            restore = self.graph.call_function(swap_generator_state, (self.value(kernel.rng), self._generator(kernel)))
         for name in kernel.writes:
             for node in self.showing.pop(name, ()):
                 self.values.pop(node, None)
         for node, form in kernel.calls:
             self._call(node, form, again)
         if restore is not None:
-            self.graph.call_function(set_generator_state, (restore, kernel.rng_device))
+            self.graph.call_function(set_generator_state, (restore, self._generator(kernel)))
 
     def _save_generator(self, kernel: Kernel) -> None:
         owner = kernel.name.removesuffix(".rng")
         if self.runs[owner] > 1:
-            self.values[kernel.name] = self.graph.call_function(get_generator_state, (kernel.rng_device,))
+            self.values[kernel.name] = self.graph.call_function(get_generator_state, (self._generator(kernel),))
+
+    def _generator(self, kernel: Kernel) -> fx.Node | str:
+        return kernel.rng_device if kernel.generator is None else self.value(kernel.generator)
 
     def _call(self, node: fx.Node, form: Any, again: bool) -> None:
         args = fx.node.map_arg(node.args, self.value)
@@ -239,21 +242,28 @@ class _Emitter:
         return module
 
 
-def get_generator_state(device: str) -> Tensor:
-    """The state of the default generator of a device ("cpu", "cuda:0")."""
+def get_generator_state(generator: str | torch.Generator) -> Tensor:
+    """The state of a generator, or of the default one of a device ("cpu", "cuda:0")."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    device = generator
     return torch.cuda.get_rng_state(device) if device.startswith("cuda") else torch.get_rng_state()
 
 
-def set_generator_state(state: Tensor, device: str) -> None:
-    """Set the state of the default generator of a device."""
+def set_generator_state(state: Tensor, generator: str | torch.Generator) -> None:
+    """Set the state of a generator, or of the default one of a device."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+        return
+    device = generator
     if device.startswith("cuda"):
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
 
 
-def swap_generator_state(state: Tensor, device: str) -> Tensor:
+def swap_generator_state(state: Tensor, generator: str | torch.Generator) -> Tensor:
     """Set a state and return the one that was there."""
-    current = get_generator_state(device)
-    set_generator_state(state, device)
+    current = get_generator_state(generator)
+    set_generator_state(state, generator)
     return current

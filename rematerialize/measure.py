@@ -43,7 +43,7 @@ class CostModel:
         for kernel in kernels:
             if kernel.calls and signatures[kernel.name] not in self._known:
                 fresh.setdefault(signatures[kernel.name], kernel)
-        with torch.no_grad(), private.disable_autocast(), _kept_generator_state():
+        with torch.no_grad(), private.disable_autocast(), _kept_generator_state(fresh.values()):
             self._known.update(_measure(fresh, self.time_limit_s))
         return {name: self._known[signature] for name, signature in signatures.items()}
 
@@ -299,11 +299,19 @@ def _signature(kernel: Kernel) -> str:
 class _kept_generator_state:
     """Measuring random kernels must not change what the user's generators draw next."""
 
+    def __init__(self, kernels: Iterable[Kernel]) -> None:
+        sources = {source for kernel in kernels for node, _ in kernel.calls for source in node.all_input_nodes}
+        values = [source.meta["val"] for source in sources]
+        self._generators = [value for value in values if isinstance(value, torch.Generator)]
+
     def __enter__(self) -> None:
+        self._own = [generator.get_state() for generator in self._generators]
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if private.cuda_started() else []
 
     def __exit__(self, *exc: object) -> None:
+        for generator, state in zip(self._generators, self._own, strict=True):
+            generator.set_state(state)
         torch.set_rng_state(self._cpu)
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)

@@ -170,18 +170,15 @@ def group_captured(captured: CapturedStep) -> KernelGraph:
     Raises
     ------
     CaptureError
-        For what neither knows: sparse gradients, generators of one's own.
+        For what neither knows.
     """
     try:
-        for node in captured.joint.graph.nodes:
-            if node.op == "get_attr" and "val" not in node.meta:
-                raise NotImplementedError(f"an object held by the model, {node.target}")
         return group_kernels(normalize(captured.joint))
     except NotImplementedError as error:
         text = " ".join(str(error).split())
         raise CaptureError(
-            f"the step holds a value that can't be planned ({type(error).__name__}: {text[:200]}): sparse tensors and "
-            "torch.Generator arguments are not supported; leave them out of the wrapped module"
+            f"the step holds a value that can't be planned ({type(error).__name__}: {text[:200]}): leave what makes it "
+            "out of the wrapped module"
         ) from error
 
 

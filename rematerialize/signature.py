@@ -37,7 +37,8 @@ def _modules(model: nn.Module) -> list[nn.Module]:
     return todo
 
 
-_PLAIN_TYPES = frozenset({int, float, bool, str, type(None)})
+# A generator counts as itself: the step draws from the object that the trace saw.
+_PLAIN_TYPES = frozenset({int, float, bool, str, type(None), torch.Generator})
 _TORCH_OWN = frozenset(vars(nn.Module()))
 
 

@@ -163,7 +163,7 @@ def _recorded_sources() -> Iterator[None]:
 
     def noted(self: PythonKeyTracer, *args: Any, **kwargs: Any) -> fx.Node:
         node = create_node(self, *args, **kwargs)
-        source = _user_line()
+        source = user_line()
         if source:
             node.meta["source"] = source
         return node
@@ -175,11 +175,45 @@ def _recorded_sources() -> Iterator[None]:
         PythonKeyTracer.create_node = create_node  # type: ignore[method-assign]
 
 
+def generator_key(generator: torch.Generator) -> int:
+    """Identity of a generator: the trace hands out Python objects of its own for it."""
+    return int(generator._cdata)  # type: ignore[attr-defined]
+
+
+def outside_of_modes() -> contextlib.AbstractContextManager[Any]:
+    """During a trace: work on real tensors, unseen by it."""
+    return _disable_current_modes()
+
+
+class _Spied:
+    """A generator whose state can't be set: ``refuse`` is called instead."""
+
+    def __init__(self, generator: torch.Generator, refuse: Callable[[], None]) -> None:
+        self._generator, self._refuse = generator, refuse
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("manual_seed", "seed", "set_state"):
+            self._refuse()
+        return getattr(self._generator, name)
+
+
+@contextlib.contextmanager
+def spied_default_generator(refuse: Callable[[], None]) -> Iterator[None]:
+    """Call ``refuse`` where torch.manual_seed, set_rng_state or fork_rng set the default generator's state."""
+    scope = vars(torch.random)
+    own = scope["default_generator"]
+    scope["default_generator"] = _Spied(own, refuse)
+    try:
+        yield
+    finally:
+        scope["default_generator"] = own
+
+
 _TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
-_OUR_FOLDER = os.path.dirname(__file__) + os.sep
+_NOBODYS = (_TORCH_FOLDER, os.path.dirname(__file__) + os.sep, contextlib.__file__)
 
 
-def _user_line() -> str:
+def user_line() -> str:
     """The innermost "file.py:12" outside torch between here and the traced function; "" outside it."""
     found = ""
     frame = sys._getframe(2)
@@ -187,7 +221,7 @@ def _user_line() -> str:
         code = frame.f_code
         if code is _FlatModule.forward.__code__:
             return found
-        if not found and not code.co_filename.startswith((_TORCH_FOLDER, _OUR_FOLDER)):
+        if not found and not code.co_filename.startswith(_NOBODYS):
             found = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from rematerialize.capture.refusals import refuse_other_layouts
+
 _SHORTEST_SPLIT_SEQUENCE = 32
 # A chunk's workspace is several times its outputs, so chunks are shorter than the square root of the steps.
 _CHUNK_OF_SQRT = 0.7
@@ -43,7 +45,9 @@ class splitting_recurrences(TorchFunctionMode):
             self.found = True
             if self.split:
                 return _lstm_in_chunks(*args)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        refuse_other_layouts(result)
+        return result
 
 
 def _splittable(args: Sequence[Any]) -> bool:

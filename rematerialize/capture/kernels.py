@@ -20,6 +20,7 @@ from rematerialize.capture.aliasing import (
     phase_of,
     tensors_of,
 )
+from rematerialize.capture.generators import generator_of
 from rematerialize.capture.inplace import InPlaceForm, fits_over, in_place_forms
 from rematerialize.capture.normalize import NormalGraph
 from rematerialize.capture.scatter import reads_elsewhere
@@ -45,7 +46,9 @@ class Kernel:
     rng : str
         Storage of the saved generator state (random kernels).
     rng_device : str
-        Device whose default generator it draws from, "" for kernels that don't.
+        Device of the generator that it draws from, "" for kernels that don't.
+    generator : Node, optional
+        That generator, None for the device's default one.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Kernel:
     random: bool = False
     rng: str = ""
     rng_device: str = ""
+    generator: fx.Node | None = None
 
     @property
     def head(self) -> fx.Node:
@@ -204,6 +208,8 @@ class _Builder:
         adjacent = all(self.graph.kernels[i] is None for i in range(at + 1, position))
         if kernel.random and any(k is not None and k.random for k in self.graph.kernels[at + 1 : position]):
             return False
+        if kernel.random and maker.random and _value(_generator(maker)) is not _value(_generator(kernel)):
+            return False
         return ready or (adjacent and not maker.random)
 
     def _join(self, maker: Kernel, kernel: Kernel, form: InPlaceForm, name: str, position: int, ready: bool) -> None:
@@ -309,8 +315,10 @@ class _Builder:
                 self.graph.size_bytes[state] = _RNG_STATE_BYTES.get(device.type, 16)
                 self.graph.size_bytes[drawn] = 0
                 after = [previous] if previous else []
-                ordered.append(Kernel(state, "forward", [], after, [state], once=True, rng_device=str(device)))
-                kernel.rng_device = str(device)
+                own = _generator(kernel)
+                saver = Kernel(state, "forward", [], after, [state], once=True, rng_device=str(device), generator=own)
+                ordered.append(saver)
+                kernel.rng_device, kernel.generator = str(device), own
                 kernel.reads.append(state)
                 kernel.writes.append(drawn)
                 kernel.rng = state
@@ -326,6 +334,16 @@ class _Builder:
         self.graph.size_bytes[held] = _AUTOGRAD_BYTES
         self.graph.tokens_out.append(held)
         self.graph.kernels.insert(0, Kernel(held, "forward", [], [], [held], once=True))
+
+
+def _generator(kernel: Kernel) -> fx.Node | None:
+    """The generator that a random kernel was given, None for the default one."""
+    given = [generator_of(node) for node, _ in kernel.calls if is_random(node)]
+    return given[0] if given else None
+
+
+def _value(node: fx.Node | None) -> object:
+    return None if node is None else node.meta["val"]
 
 
 def _is_norm(node: fx.Node) -> bool:

@@ -34,10 +34,10 @@ _FACTORIES = frozenset(
 _NEEDS_LAYOUT = frozenset({aten.view.default, aten._unsafe_view.default})
 
 
-def bernoulli_as(like: Tensor, p: float) -> Tensor:
+def bernoulli_as(like: Tensor, p: float, *, generator: torch.Generator | None = None) -> Tensor:
     """Bernoulli draws in the layout of ``like``, consumed in the order in which ``bernoulli_`` consumes them."""
     fresh = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-    return fresh.bernoulli_(p)
+    return fresh.bernoulli_(p, generator=generator)
 
 
 bernoulli_as.tags = (torch.Tag.nondeterministic_seeded,)  # type: ignore[attr-defined]
@@ -49,7 +49,7 @@ def fill_in_eager_layout(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target is aten.bernoulli.p and not node.kwargs and _is_fresh(node.args[0]):
+        if node.target is aten.bernoulli.p and node.kwargs.keys() <= {"generator"} and _is_fresh(node.args[0]):
             source = node.args[0].meta["val"]
             node.target = bernoulli_as
             if source.stride() != node.meta["val"].stride():

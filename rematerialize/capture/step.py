@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from rematerialize import torch_private as private
 from rematerialize.capture.decompose import splitting_recurrences
+from rematerialize.capture.generators import (
+    own_generators,
+    refuse_seeding,
+    resolve_generators,
+    unseeded_generators,
+)
 from rematerialize.capture.purity import FunctionCaches, Settled, unchanged_python
+from rematerialize.capture.refusals import library_folder, refuse_sparse_primals, refuse_unplannable, way_round
 from rematerialize.errors import CaptureError
 
 _PLAIN_TYPES = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -150,6 +157,8 @@ def capture(
     if any(id(tensor) in known for tensor in inputs.tensors):
         raise CaptureError("an input is one of the model's own parameters or buffers: pass a copy instead")
     primals.extend(inputs.tensors)
+    names = [repr(slot.name) for slot in slots] + [f"input {i}" for i in range(len(inputs.tensors))]
+    refuse_sparse_primals(names, primals)
     if not any(tensor.requires_grad for tensor in primals):
         raise CaptureError(
             "no parameter and no input requires grad, so there is no backward to plan: "
@@ -157,6 +166,8 @@ def capture(
         )
     try:
         joint = private.trace_joint(recorder, primals)
+        resolve_generators(joint, recorder.generators)
+        refuse_unplannable(joint, names)
     except CaptureError:
         raise
     except private.UnsupportedTraceError as error:
@@ -182,6 +193,7 @@ class _Recorder:
         recurrences: splitting_recurrences,
     ) -> None:
         self.recurrences = recurrences
+        self.generators = own_generators(model, inputs.leaves)
         self.caches = FunctionCaches()
         self.settled = Settled()
         self.model = model
@@ -198,7 +210,11 @@ class _Recorder:
         with _swapped(self.homes, flat), self.recurrences, private.own_saving_hooks(_refuse_hooks):
             # Inside the swap: attributes are compared with the values that the swap put there.
             previous, self.recurrences.called = self.recurrences.called, []
-            with unchanged_python(self.model, self.caches, self.settled):
+            with (
+                unchanged_python(self.model, self.caches, self.settled),
+                unseeded_generators(self.generators),
+                private.spied_default_generator(refuse_seeding),
+            ):
                 output = self.forward(*args, **kwargs)
             if self.settled.values and self.settled.calls > 1 and self.recurrences.called != previous:
                 raise CaptureError(
@@ -298,8 +314,7 @@ def _explain(error: Exception, recorder: _Recorder) -> CaptureError:
     if name in _DATA_DEPENDENT:
         return CaptureError(
             f"the forward depends on the values of its tensors{place} (control flow or a shape that is known "
-            f"only at run time: {text[:120]}): rewrite it with tensor operations such as torch.where, or move it "
-            "out of the wrapped module"
+            f"only at run time: {text[:120]}): {way_round(text, _files(error))}"
         )
     if "convert all Tensors to FakeTensors" in text or "Unexpected fake" in text:
         return CaptureError(
@@ -318,7 +333,19 @@ def _user_frame(error: BaseException) -> str:
         frames = [f for f in traceback.extract_tb(seen.__traceback__) if not f.filename.startswith(skipped)]
         inside = [f for f in frames if f.name not in ("<module>",) and not f.filename.startswith("<")]
         if inside:
-            frame = inside[-1]
-            return f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}: {frame.line}"
+            own = [frame for frame in inside if not library_folder(frame.filename)]
+            frame, last = (own or inside)[-1], inside[-1]
+            within = "" if frame is last else f" (inside, {os.path.basename(last.filename)}:{last.lineno}: {last.line})"
+            return f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}: {frame.line}{within}"
         seen = seen.__cause__ or seen.__context__
     return ""
+
+
+def _files(error: BaseException) -> list[str]:
+    """Every file that the error passed through, with "/" between folders."""
+    found: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None:
+        found += [frame.filename.replace(os.sep, "/") for frame in traceback.extract_tb(seen.__traceback__)]
+        seen = seen.__cause__ or seen.__context__
+    return found

@@ -1,0 +1,127 @@
+"""What a trace may hold that can't be planned, found early and said with the user's line and a way round."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rematerialize import torch_private as private
+from rematerialize.capture.aliasing import tensors_of
+from rematerialize.errors import CaptureError
+
+aten = torch.ops.aten
+
+_SPARSE_WAY = (
+    "sparse tensors have no storage that a plan could move; multiply by index operations instead, which is the same "
+    "sum: zeros.index_add(0, row, value[:, None] * x[column]), with row, column and value as tensors"
+)
+_OBSERVER = (
+    "the observer of a per-channel fake quantization{place} has no shape before the model has run: call the model "
+    "once, model(*inputs) under torch.no_grad(), before planning"
+)
+
+# What the failed op was, in torch's words, and what to do about it; the first that fits.
+_WAYS = (
+    (
+        ("ao/quantization",),
+        "use torch.ao.quantization.FusedMovingAvgObsFakeQuantize, as get_default_qat_qconfig does: it observes and "
+        "quantizes by tensor operations",
+    ),
+    (
+        ("_pack_padded_sequence", "batch_sizes"),
+        "run the recurrence over padded sequences and mask or gather its outputs by length, with torch.where",
+    ),
+    (
+        ("utils/loop.py", "torch_geometric"),
+        "how many self-loops there are is known only at run time: put them into edge_index before the call and build "
+        "the layers with add_self_loops=False",
+    ),
+    (
+        ("aten.nonzero", "aten.masked_select", "aten.unique", "aten._unique"),
+        "give sizes that don't depend on values: weigh by a mask (torch.where(mask, x, 0)), take a fixed number by "
+        "topk, or compute the indices outside and pass them in",
+    ),
+    (
+        ("aten._local_scalar_dense", "aten.item"),
+        "an if, a loop, int() or .item() on a tensor: use torch.where, or pass the number as a Python number",
+    ),
+)
+_ANY_WAY = "rewrite it with tensor operations such as torch.where, or move it out of the wrapped module"
+
+
+def way_round(text: str, places: Sequence[str]) -> str:
+    """What to do about a value that is known only at run time, by what asked for it and where."""
+    for needles, way in _WAYS:
+        if any(needle in text or any(needle in place for place in places) for needle in needles):
+            return way
+    return _ANY_WAY
+
+
+def refuse_sparse_primals(names: Sequence[str], primals: Sequence[Tensor]) -> None:
+    """A sparse buffer or input can't even be traced."""
+    for name, primal in zip(names, primals, strict=True):
+        if primal.layout is not torch.strided:
+            raise CaptureError(f"{name} is a sparse tensor ({_layout(primal)}): {_SPARSE_WAY}")
+
+
+def refuse_other_layouts(result: Any) -> None:
+    """Refuse a sparse value where the forward makes it: its backward may not even be traceable."""
+    if isinstance(result, Tensor) and result.layout is not torch.strided:
+        line = private.user_line()
+        place = f" at {line}" if line else ""
+        raise CaptureError(f"the forward makes a sparse tensor{place} ({_layout(result)}): {_SPARSE_WAY}")
+
+
+def refuse_unplannable(joint: private.JointTrace, names: Sequence[str]) -> None:
+    """Objects without a value, sparse values, observers without a shape.
+
+    Raises
+    ------
+    CaptureError
+        It names the line, or the parameter whose gradient it is.
+    """
+    for gradient, name in zip(joint.gradients, names, strict=False):
+        if gradient is not None and _sparse(gradient.meta["val"]) is not None:
+            raise CaptureError(
+                f"the gradient of {name} is sparse: build its layer with sparse=False, or keep it out of the wrapped "
+                "module"
+            )
+    for node in joint.graph.nodes:
+        if node.op == "get_attr" and "val" not in node.meta:
+            raise CaptureError(
+                f"the step uses an object{_place(node)} that can't be planned ({node.target}): leave it out of the "
+                "wrapped module"
+            )
+        found = _sparse(node.meta.get("val"))
+        if found is not None:
+            raise CaptureError(f"the step makes a sparse tensor{_place(node)} ({_layout(found)}): {_SPARSE_WAY}")
+        if node.target is aten._fused_moving_avg_obs_fq_helper_functional.default and _unshaped(node):
+            raise CaptureError(_OBSERVER.format(place=_place(node)))
+
+
+def _unshaped(node: fx.Node) -> bool:
+    running_min = node.args[3]
+    assert isinstance(running_min, fx.Node)
+    per_channel = len(node.args) > 11 and bool(node.args[11])
+    return per_channel and running_min.meta["val"].numel() == 0
+
+
+def _sparse(value: Any) -> Tensor | None:
+    return next((tensor for _, tensor in tensors_of(value) if tensor.layout is not torch.strided), None)
+
+
+def _layout(tensor: Tensor) -> str:
+    return str(tensor.layout).removeprefix("torch.")
+
+
+def _place(node: fx.Node) -> str:
+    return f" at {node.meta['source']}" if node.meta.get("source") else ""
+
+
+def library_folder(path: str) -> bool:
+    """Is a file part of an installed package?"""
+    return f"{os.sep}site-packages{os.sep}" in path or f"{os.sep}dist-packages{os.sep}" in path
