@@ -8,10 +8,11 @@ model points to, is not.
 
 from __future__ import annotations
 
+import dis
 import functools
 import sys
 import types
-from collections.abc import Hashable, Iterator, Mapping, Set
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -143,6 +144,8 @@ class _Search:
                 value = cell.cell_contents
             except ValueError:  # not filled yet
                 continue
+            if _counts(value) and name not in mentioned:
+                continue
             if _counts(value):
                 self._place(f"{name} of {function.__qualname__}", _Cell(cell), name)
             else:
@@ -177,9 +180,16 @@ class _Cell(dict[str, Any]):
             return None
 
 
+_LOADS = ("LOAD_NAME", "LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_SUPER_ATTR")
+_FILLS = ("append", "appendleft", "extend", "add")  # what is only filled, a log for one, isn't read
+
+
 def _mentioned(code: types.CodeType) -> Iterator[str]:
-    """Yield the names in a function's code, those of functions within it, and texts that could be names (getattr)."""
-    yield from code.co_names
+    """Yield the names that a function's code reads, those of functions within it, and texts that getattr may take."""
+    instructions = list(dis.get_instructions(code))
+    for now, after in zip(instructions, [*instructions[1:], None], strict=True):
+        if now.opname in _LOADS and not (after and after.opname in _LOADS and after.argval in _FILLS):
+            yield now.argval
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _mentioned(constant)
@@ -196,7 +206,7 @@ def _own(module: str | None) -> bool:
 def _counts(value: object) -> bool:
     """Whether a value may decide what a forward computes: data, as opposed to code, tensors and modules."""
     kind = type(value)
-    if kind in PLAIN or isinstance(value, (list, tuple, Set, Mapping, Enum, *_RECORDS)):
+    if kind in PLAIN or isinstance(value, (Sequence, Set, Mapping, Enum, *_RECORDS)):
         return True
     if isinstance(value, Tensor | nn.Module | type | types.ModuleType) or callable(value):
         return False
@@ -240,11 +250,20 @@ class _Look:
         if isinstance(value, Mapping):
             if len(value) > MANY:
                 return (kind, len(value))
-            return (kind, tuple([(self.at(k, depth + 1), self.at(v, depth + 1)) for k, v in value.items()]))
-        if isinstance(value, list | tuple):
+            return (
+                kind,
+                tuple(
+                    [
+                        (self.at(k, depth + 1), self.at(v, depth + 1))
+                        for k, v in value.items()
+                        if not isinstance(v, Tensor)
+                    ]
+                ),
+            )
+        if isinstance(value, Sequence) and not isinstance(value, range):
             if len(value) > MANY:
                 return (kind, len(value))
-            return (kind, tuple([self.at(entry, depth + 1) for entry in value]))
+            return (kind, tuple([self.at(entry, depth + 1) for entry in value if not isinstance(entry, Tensor)]))
         if isinstance(value, Set):
             return (kind, frozenset([self.at(entry, depth + 1) for entry in value]))
         if _own(kind.__module__) and not isinstance(value, _RECORDS):
@@ -252,22 +271,26 @@ class _Look:
         fields = getattr(value, "__dict__", {})
         slots = {name for base in kind.__mro__ for name in _names_of(vars(base).get("__slots__", ()))}
         fields = {**fields, **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
-        read = [
-            (n, v) for n, v in fields.items() if self.names is None or n in self.names or n.lstrip("_") in self.names
-        ]
+        reads = None if self.names is None else self.names | _methods_read(kind)
+        read = [(name, entry) for name, entry in fields.items() if reads is None or name in reads]
         return (
             kind,
             tuple([(name, self.at(entry, depth + 1)) for name, entry in read if not isinstance(entry, Tensor)]),
         )
 
 
+# A record's methods of Python's own names that a forward may call; __eq__ and __repr__ mention every field.
+_READING = ("__call__", "__getitem__", "__getattr__", "__len__", "__iter__", "__bool__", "__int__", "__float__")
+
+
 @functools.lru_cache(maxsize=1_024)
 def _methods_read(kind: type) -> frozenset[str]:
     """What the methods of a record's class mention: the forward may call any of them."""
-    code = [f for base in kind.__mro__ if not _own(base.__module__) for f in vars(base).values()]
     search = _Search()
-    for value in code:
-        search.push(value)
+    for base in kind.__mro__:
+        for name, value in vars(base).items() if not _own(base.__module__) else ():
+            if not name.startswith("__") or name in _READING:
+                search.push(value)
     return frozenset(name for function in search.todo for name in _mentioned(function.__code__))
 
 

@@ -75,6 +75,7 @@ class _Box:
     primals: list[Tensor] | None = None
     outputs: list[Tensor] | None = None
     tangents: list[Tensor | None] | None = None
+    anchors: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,8 @@ class TrainingStep:
         differentiable = [
             primal for primal, gradient in zip(primals, joint.gradients, strict=True) if gradient is not None
         ]
+        # Where no gradient is defined (every output is an input, or norm(0)), outputs still require grad as in eager.
+        differentiable = differentiable or [primal for primal in primals if primal.requires_grad]
         token = _Compute.apply(self, box, *differentiable)  # type: ignore[no-untyped-call]
         exposed = _Expose.apply(token, self, box)  # type: ignore[no-untyped-call]
         values: dict[int, Tensor] = dict(zip(self.emitted.outputs, exposed, strict=True))
@@ -139,8 +142,7 @@ class _Compute(torch.autograd.Function):
         ctx.step, ctx.box, ctx.settings = step, box, private.numeric_settings()
         # Through save_for_backward, autograd notices a parameter that is changed before the backward.
         ctx.save_for_backward(*[primals[i] for i in emitted.backward_primals])
-        # Nothing is differentiable here where every output is an input or a view of one.
-        return (differentiable or primals)[0].new_empty(0, dtype=torch.float32)
+        return differentiable[0].new_empty(0, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -157,18 +159,24 @@ class _Compute(torch.autograd.Function):
         with torch.no_grad(), private.disable_autocast():
             gradients = step.backward(absent).forward(boxed)
         wanted = [g for g, node in zip(gradients, step.captured.joint.gradients, strict=True) if node is not None]
+        if not wanted:
+            return (None,) * len(ctx.needs_input_grad)
         if differentiated_again:
-            anchor = torch.empty(0, requires_grad=True)
-            wanted = _Once.apply(anchor, *wanted)  # type: ignore[no-untyped-call]
+            anchors, ctx.box.anchors = ctx.box.anchors, ()
+            wanted = _Once.apply(len(anchors), *anchors, *wanted)  # type: ignore[no-untyped-call]
         return (None, None, *wanted)
 
 
 class _Once(torch.autograd.Function):
-    """Gradients under ``create_graph=True``: as in eager they require grad, whatever the loss; their own refuse."""
+    """Gradients under ``create_graph=True``: as in eager they require grad, whatever the loss; their own refuse.
+
+    The anchors tie them to all that they depend on: a second derivative with respect to it must come here to be
+    refused, and not be taken for zero (``allow_unused=True``).
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients
+    def forward(ctx: Any, count: int, *anchors_and_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return anchors_and_gradients[count:]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
@@ -219,6 +227,8 @@ class _Expose(torch.autograd.Function):
             node, position = step.captured.joint.tangents[index]
             tangents.append(_tangent(by_position[position], node.meta["val"]))
         ctx.box.tangents = tangents
+        if torch.is_grad_enabled():
+            ctx.box.anchors = (ctx.token, *(t for t in received if t is not None and t.requires_grad))
         return ctx.token.new_zeros(0), None, None
 
 

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rematerialize import torch_private as private
 from rematerialize.capture import FlatInputs
+from rematerialize.python_state import PythonState, fingerprint, python_state
 
 
-def signature(model: nn.Module, inputs: FlatInputs) -> Hashable:
-    """Everything that a trace takes for granted: layouts, gradients, modes, parts, precision settings.
+def signature(model: nn.Module, inputs: FlatInputs) -> tuple[Hashable, PythonState]:
+    """Everything that a trace takes for granted: layouts, gradients, modes, parts, precision settings, Python values.
+
+    Python values apart, as `python_state` returns them: a change of theirs has a name to tell.
 
     Computed at every call: linear in the modules and tensors, a few microseconds each.
     """
     numbers: dict[int, int] = {}
     tensors: list[Tensor] = list(inputs.tensors)
-    parts = [_part(module, module is model, numbers, tensors) for module in _modules(model)]
+    modules = _modules(model)
+    parts = [_part(module, module is model, numbers, tensors) for module in modules]
     layouts = [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
-    constants = [_hashable(leaf) for leaf in inputs.leaves]
-    return (inputs.spec, tuple(constants), tuple(layouts), tuple(parts), _modes())
+    constants = [fingerprint(leaf) for leaf in inputs.leaves]
+    own = vars(model).get("forward")
+    state = python_state(modules, getattr(own, "own_forward", own))
+    return (inputs.spec, tuple(constants), tuple(layouts), tuple(parts), _modes()), state
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
@@ -39,6 +44,7 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 # A generator counts as itself: the step draws from the object that the trace saw.
 _PLAIN_TYPES = frozenset({int, float, bool, str, type(None), torch.Generator})
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _TORCH_OWN = frozenset(vars(nn.Module()))
 
 
@@ -49,20 +55,12 @@ def _part(module: nn.Module, outer: bool, numbers: dict[int, int], tensors: list
     tensors.extend(members)
     ties = tuple([numbers.setdefault(id(member), len(numbers)) for member in members])
     plain = tuple([(k, v) for k, v in own.items() if k not in _TORCH_OWN and type(v) in _PLAIN_TYPES])
-    hooks = () if outer else (*own["_forward_pre_hooks"], *own["_forward_hooks"], *own["_backward_hooks"])
+    hooks = () if outer else tuple([number for kind in _HOOKS for number in own[kind]])
     return (id(module), own["training"], plain, ties, hooks)
-
-
-def _hashable(leaf: Any) -> Hashable:
-    try:
-        hash(leaf)
-    except TypeError:
-        return repr(leaf)
-    return (type(leaf), leaf)
 
 
 def _modes() -> Hashable:
     autocast = [
         (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     ]
-    return (tuple(autocast), tuple(private.numeric_settings().values()))
+    return (tuple(autocast), tuple(private.numeric_settings().values()), private.global_module_hooks())

@@ -7,6 +7,7 @@ states what it needs from torch, so that a replacement can be judged. Checked on
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import os
 import sys
@@ -20,6 +21,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, fx, nn
 from torch._C import DispatchKey
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
@@ -33,7 +35,7 @@ from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._library import simple_registry
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.fx.graph import CodeGen
 from torch.fx.node import _side_effectful_functions
@@ -100,17 +102,18 @@ def _eager_composites() -> Iterator[None]:
     per gate: slower than eager, and not bit-equal to it.
     """
     removed = []
-    for packet_name in dir(torch.ops.aten):
-        packet = getattr(torch.ops.aten, packet_name)
-        for overload in packet.overloads() if hasattr(packet, "overloads") else ():
-            op = getattr(packet, overload)
-            if op._schema.name in _KEEP_PYTHON_KERNEL:
-                continue
-            for key in (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd):
-                if key in op.py_kernels:
-                    removed.append((op, key, op.py_kernels.pop(key)))
-                    op._dispatch_cache.clear()
-    try:
+    try:  # from here on: an interrupt may come at any line
+        for packet_name in dir(torch.ops.aten):
+            packet = getattr(torch.ops.aten, packet_name)
+            for overload in packet.overloads() if hasattr(packet, "overloads") else ():
+                op = getattr(packet, overload)
+                if op._schema.name in _KEEP_PYTHON_KERNEL:
+                    continue
+                for key in (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd):
+                    if key in op.py_kernels:
+                        removed.append((op, key, op.py_kernels[key]))
+                        del op.py_kernels[key]
+                        op._dispatch_cache.clear()
         yield
     finally:
         for op, key, kernel in removed:
@@ -282,6 +285,7 @@ def _read_joint(joint: Any, primal_count: int) -> JointTrace:
         if isinstance(descriptor, PlainAOTInput):
             primals[descriptor.idx] = node
         elif isinstance(descriptor, TangentAOTInput):
+            node.meta["val"] = _own_storage(node.meta["val"])
             tangents.append((node, descriptor.output))
         else:
             raise UnsupportedTraceError(f"the forward needs an input of kind {type(descriptor).__name__}")
@@ -304,6 +308,14 @@ def _read_joint(joint: Any, primal_count: int) -> JointTrace:
         mutations=tuple(found.mutations),
         gradients=tuple(found.gradients),
     )
+
+
+def _own_storage(tangent: Tensor) -> Tensor:
+    """A fake tangent like the given one; that of an output which is one of several views shares their storage."""
+    if not isinstance(tangent, FakeTensor):
+        return tangent
+    with tangent.fake_mode:
+        return torch.empty_strided(tangent.shape, tangent.stride(), dtype=tangent.dtype, device=tangent.device)
 
 
 @dataclass(slots=True)
@@ -437,6 +449,12 @@ def is_batched(tensor: Tensor) -> bool:
     return "Batched" in repr(torch._C._dispatch_keys(tensor))  # two keys, one of them without a name in Python
 
 
+def global_module_hooks() -> tuple[int, ...]:
+    """Numbers of the hooks that run for every module of the process."""
+    kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    return tuple(number for kind in kinds for number in getattr(nn.modules.module, f"_global_{kind}", ()))
+
+
 def transform_around() -> bool:
     """Is a ``torch.func`` transform (grad, vmap, jvp) at work?"""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -507,3 +525,21 @@ class allocation_events:
         self._changes.extend(
             event.cpu_memory_usage() for events in threads for event in events if str(event.kind()) == "memory_alloc"
         )
+
+
+def outside_of_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of a function and of all that it calls; what is around it may be compiled.
+
+    As `torch.compiler.disable` does, without loading the compiler for those who don't use it.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = set_eval_frame(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            set_eval_frame(before)
+
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return run

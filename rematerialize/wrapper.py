@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from rematerialize import torch_private as private
 from rematerialize.capture import FlatInputs, flatten_inputs
 from rematerialize.plans import Plan
 from rematerialize.python_state import PythonState, changed
@@ -55,7 +56,9 @@ class RematerializedForward:
         self.plan_signature = plan_signature
         self.max_plans = max_plans
         # With the modules: the keys name them by id, which nobody else may take while the key stands.
-        self._steps: OrderedDict[Hashable, tuple[Plan, TrainingStep, tuple[nn.Module, ...]]] = OrderedDict()
+        self._steps: OrderedDict[
+            tuple[tuple[Hashable, PythonState], int], tuple[Plan, TrainingStep, tuple[nn.Module, ...]]
+        ] = OrderedDict()
         self._lock = threading.RLock()
         functools.update_wrapper(self, type(model).forward, updated=())
 
@@ -75,10 +78,16 @@ class RematerializedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.model.training and torch.is_grad_enabled()):
             return self.original(*args, **kwargs)
+        return self._train(args, kwargs)
+
+    @private.outside_of_dynamo
+    def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = flatten_inputs(args, kwargs)
         check_surroundings(itertools.chain(inputs.tensors, self.model.parameters(), self.model.buffers()))
-        step = self.step_for(inputs)
-        return step([*(slot.read() for slot in step.captured.slots), *inputs.tensors])
+        with self._lock:  # a capture in another thread puts tensors of its own into the model for a while
+            step = self.step_for(inputs)
+            primals = [*(slot.read() for slot in step.captured.slots), *inputs.tensors]
+        return step(primals)
 
     def plan_for(self, inputs: FlatInputs) -> Plan:
         """The plan for an input signature; makes it if it isn't there."""
@@ -89,16 +98,22 @@ class RematerializedForward:
         return self._entry(inputs)[1]
 
     def _entry(self, inputs: FlatInputs) -> tuple[Plan, TrainingStep]:
-        key = (signature(self.model, inputs), self.plan_signature.held_bytes(self.model, inputs))
         with self._lock:
+            key = (signature(self.model, inputs), self.plan_signature.held_bytes(self.model, inputs))
             if key in self._steps:
                 self._steps.move_to_end(key)
                 return self._steps[key][:2]
+            before = next(reversed(self._steps), None)
             entry = self.plan_signature(self.model, self.original, inputs)
             self._steps[key] = (*entry, tuple(self.model.modules()))
             while len(self._steps) > self.max_plans:
                 self._steps.popitem(last=False)
         made = entry[0]
+        if before is not None and before[0][0] == key[0][0] and before[1] == key[1]:
+            _log.warning(
+                "planned again because %s changed: a value that changes at every step belongs in a buffer or an input",
+                ", ".join(changed(before[0][1], key[0][1])[:3]),
+            )
         _log.info(
             "planned a training step: peak %s of %s (store-all %s), overhead %s; %d plans kept",
             format_bytes(made.peak_bytes),

@@ -23,6 +23,7 @@ LAYERS = {
     "torch_private": 2,
     "budget": 2,
     "simulate": 3,
+    "python_state": 3,
     "capture/": 4,
     "solve/": 4,
     "cost": 5,

@@ -179,6 +179,64 @@ def test_what_a_forward_does_not_read_makes_no_plan(caplog: pytest.LogCaptureFix
     assert len(plans_of(ours)) == 1
 
 
+def test_a_log_that_a_forward_only_fills_makes_no_plan() -> None:
+    log: list[int] = []
+
+    class Logs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            log.append(len(x))
+            return torch.tanh(self.inner(x)).sum()
+
+    eager = Logs()
+    ours = remat.wrap(copy.deepcopy(eager), activation_budget="100%")
+    for _ in range(3):
+        assert same_step(eager, ours, torch.randn(3, 4))  # eager fills it at every step
+    assert len(plans_of(ours)) == 1
+
+
+class Record:
+    calls = 0
+
+
+class Counts(nn.Module):
+    """Moves a number on in a record: at every call, or up to a bound."""
+
+    def __init__(self, record: Any, until: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.record = record
+        self.until = until
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.record if isinstance(self.record, dict) else vars(self.record)
+        own["calls"] = min(own.get("calls", 0) + 1, self.until)
+        return torch.tanh(self.inner(x) * own["calls"]).sum()
+
+
+@pytest.mark.parametrize("make", [lambda: {"calls": 0}, Record], ids=["dict", "object"])
+def test_a_counter_in_a_record_is_refused(make: Callable[[], Any]) -> None:
+    ours = remat.wrap(Counts(make(), 1_000_000), activation_budget="100%")
+
+    def train() -> None:
+        for _ in range(3):
+            ours(torch.randn(3, 4)).backward()
+
+    with pytest.raises(remat.CaptureError, match="record"):
+        train()
+
+
+@pytest.mark.parametrize("make", [lambda: {"calls": 0}, Record], ids=["dict", "object"])
+def test_a_default_that_the_first_call_fills_in_is_no_counter(make: Callable[[], Any]) -> None:
+    eager = Counts(make(), 1)
+    ours = remat.wrap(copy.deepcopy(eager), activation_budget="100%")
+    for _ in range(4):
+        assert same_step(eager, ours, torch.randn(3, 4))
+
+
 def test_planning_again_names_the_value_that_changed(caplog: pytest.LogCaptureFixture) -> None:
     eager, ours, x = twins()
     assert same_step(eager, ours, x)

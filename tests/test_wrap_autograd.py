@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -506,3 +507,35 @@ def test_outputs_that_require_no_grad_are_marked_so() -> None:
     eager, ours = both(WithMetric, batch())
     assert [t.requires_grad for t in tensors_in(ours(batch()))] == [t.requires_grad for t in tensors_in(eager(batch()))]
     assert_same_step(step_of(eager, batch()), step_of(ours, batch()))
+
+
+def test_a_second_derivative_is_never_taken_for_zero() -> None:
+    """Under allow_unused, what isn't connected counts as zero: gradients stay connected to all that they depend on."""
+    model, scale = remat.wrap(MLP(), activation_budget="100%"), torch.ones((), requires_grad=True)
+    x = torch.randn(3, 16)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.functional.hessian(lambda y: model(y).sum(), x)
+    for of in ("input", "outside"):
+        y = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad((model(y) * scale).sum(), y, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(gradient.sum(), y if of == "input" else scale, allow_unused=True)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_under_torch_compile_the_planned_step_runs_as_it_is(outer: bool) -> None:
+    def compiled(model: nn.Module) -> list[Tensor | None]:
+        torch._dynamo.reset()  # type: ignore[no-untyped-call]
+        whole = nn.Sequential(nn.Linear(8, 8), model) if outer else model
+        torch.compile(whole, backend="aot_eager")(x).sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    torch.manual_seed(0)
+    x, eager = torch.randn(3, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    ours = remat.wrap(copy.deepcopy(eager), activation_budget="100%")
+    found = []
+    for model in (eager, ours):
+        torch.manual_seed(1)
+        found.append(compiled(model))
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(plans_of(ours)) == 1

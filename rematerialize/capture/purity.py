@@ -21,6 +21,7 @@ from rematerialize.errors import CaptureError
 _LIBRARIES = ("torch", "sympy", "numpy", "rematerialize")
 _PLAIN = (int, float, bool, str, complex)
 _CONTAINERS = (list, dict, set)
+_ABSENT = object()
 
 
 class FunctionCaches:
@@ -52,9 +53,13 @@ class FunctionCaches:
 
 @dataclass(slots=True)
 class Settled:
-    """Plain attributes that the first traced call set: (module number, name) to value; ``calls`` so far."""
+    """Plain attributes that the first traced call set: (module number, name) to value; ``calls`` so far.
+
+    ``entries`` are those of attributes that are dicts and lists, by (module number, name, key).
+    """
 
     values: dict[tuple[int, str], Any] = field(default_factory=dict)
+    entries: dict[tuple[int, str, Any], Any] = field(default_factory=dict)
     calls: int = 0
 
 
@@ -79,6 +84,8 @@ class unchanged_python:
             {name: value.copy() for name, value in own.items() if isinstance(value, _CONTAINERS)}
             for own in self.attributes
         ]
+        for (index, name, key), value in self.settled.entries.items():
+            self.attributes[index][name][key] = value
         self.random = random.getstate()
         numpy = sys.modules.get("numpy")
         self.numpy = numpy.random.get_state() if numpy is not None else None
@@ -108,6 +115,13 @@ class unchanged_python:
                 if self.settled.calls:
                     moved.append(name)
                 self.settled.values[index, name] = now
+        for name, copy in self.contents[index].items():
+            for key, now in _entries(self.attributes[index][name]):
+                before = self.settled.entries.get((index, name, key), _entry(copy, key))
+                if isinstance(now, _PLAIN) and isinstance(before, _PLAIN) and now != before:
+                    if self.settled.calls:
+                        moved.append(name)
+                    self.settled.entries[index, name, key] = now
         return moved
 
     def _restore_generators(self) -> list[str]:
@@ -122,6 +136,28 @@ class unchanged_python:
                 numpy.random.set_state(self.numpy)
                 found.append("the state of numpy's random module")
         return found
+
+
+class kept_whole:
+    """The model as it was, should a trace be interrupted where nothing else puts it back (ctrl-C at any line)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.contents: list[tuple[Any, Any]] = []
+        for module in model.modules():
+            own = vars(module)
+            for table in (own, module._parameters, module._buffers, module._modules):
+                self.tables.append((table, dict(table)))
+            self.contents += [(value, value.copy()) for value in own.values() if isinstance(value, _CONTAINERS)]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is None or issubclass(kind, Exception):
+            return
+        for table, before in (*self.tables, *self.contents):
+            _refill(table, before)
 
 
 def _restore(module: nn.Module, own: dict[str, Any], contents: dict[str, Any]) -> list[str]:
@@ -150,6 +186,20 @@ def _restore(module: nn.Module, own: dict[str, Any], contents: dict[str, Any]) -
     return found
 
 
+def _entries(container: Any) -> list[tuple[Any, Any]]:
+    """Keys or positions of a container that can be set again, with what stands there."""
+    if isinstance(container, dict):
+        return list(container.items())
+    return list(enumerate(container)) if isinstance(container, list) else []
+
+
+def _entry(container: Any, key: Any) -> Any:
+    """What stands at a key or a position; ``_ABSENT`` where nothing does: a new entry is no counter."""
+    if isinstance(container, dict):
+        return container.get(key, _ABSENT)
+    return container[key] if key < len(container) else _ABSENT
+
+
 def _matters(before: Any, now: Any) -> bool:
     derived = isinstance(before, Tensor) and before.grad_fn is not None  # weight_norm's weight, computed each call
     return isinstance(now, Tensor) and now.requires_grad and not derived
@@ -167,6 +217,8 @@ def _refill(container: Any, before: Any) -> None:
         same = all(key in before and before[key] is value for key, value in container.items())
     elif same and isinstance(container, list):
         same = all(a is b for a, b in zip(container, before, strict=True))
+    elif same:
+        same = container == before
     if not same:
         container.clear()
         if isinstance(container, list):

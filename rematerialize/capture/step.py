@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,10 @@ from rematerialize.capture.generators import (
     resolve_generators,
     unseeded_generators,
 )
-from rematerialize.capture.purity import FunctionCaches, Settled, unchanged_python
+from rematerialize.capture.purity import FunctionCaches, Settled, kept_whole, unchanged_python
 from rematerialize.capture.refusals import library_folder, refuse_sparse_primals, refuse_unplannable, way_round
 from rematerialize.errors import CaptureError
+from rematerialize.python_state import PythonState, changed, python_state
 
 _PLAIN_TYPES = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -165,7 +167,8 @@ def capture(
             "call requires_grad_() on what should train"
         )
     try:
-        joint = private.trace_joint(recorder, primals)
+        with kept_whole(model):
+            joint = private.trace_joint(recorder, primals)
         resolve_generators(joint, recorder.generators)
         refuse_unplannable(joint, names)
     except CaptureError:
@@ -176,6 +179,8 @@ def capture(
         raise _explain(error, recorder) from error
     if recorder.structure is None:
         raise CaptureError("the forward was never called during the trace; report this as a bug")
+    if not split_recurrences:
+        _tell_of_hooks(model)
     leaves, spec = recorder.structure
     splittable = recorder.recurrences.found and not split_recurrences
     return CapturedStep(joint, slots, leaves, spec, splittable)
@@ -203,6 +208,7 @@ class _Recorder:
         self.homes = _homes(model, slots)
         self.structure: tuple[tuple[Any, ...], private.TreeSpec] | None = None
         self.in_backward = False
+        self.state: PythonState | None = None
 
     def __call__(self, *flat: Tensor) -> Sequence[Tensor]:
         self.in_backward = False
@@ -221,6 +227,7 @@ class _Recorder:
                     "the forward computes something else once its attributes are set (an initialization at the first "
                     "call?): call the model once before planning"
                 )
+            self._refuse_moving()
             self._refuse_reassigned(flat)
         leaves, spec = private.tree_flatten(output)
         tensors: list[Tensor] = []
@@ -245,6 +252,15 @@ class _Recorder:
         self.structure = (tuple(noted), spec)
         self.in_backward = True
         return tensors
+
+    def _refuse_moving(self) -> None:
+        """The first call may fill in a default outside of the module (a config's); what moves on is a counter."""
+        before, self.state = self.state, python_state(list(self.model.modules()), self.forward)
+        if before is not None and before != self.state:
+            raise CaptureError(
+                f"the forward changes {', '.join(changed(before, self.state)[:3])} at every call, which a planned step "
+                "can't repeat: make a counter a buffer (register_buffer), or change it outside of the forward"
+            )
 
     def _refuse_reassigned(self, flat: Sequence[Tensor]) -> None:
         for owner, attribute, index in self.homes:
@@ -302,6 +318,22 @@ class _swapped:
             table[attribute] = value
 
 
+def _tell_of_hooks(model: nn.Module) -> None:
+    """Hooks of inner modules are called by the trace only; torch's own (weight_norm's) do nothing else."""
+    for name, module in model.named_modules():
+        own = vars(module)
+        kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        hooks = [hook for kind in kinds for hook in own[kind].values()] if name else []
+        if any(not (getattr(hook, "__module__", "") or "").startswith("torch.") for hook in hooks):
+            warnings.warn(
+                f"the hooks of the inner module {name!r} run while a step is captured, not at every step: what they "
+                "change of values and gradients is part of the step, what they leave elsewhere is lost. Return such "
+                "values from the forward, or put the hook on the wrapped module itself",
+                stacklevel=2,
+            )
+            return
+
+
 _DATA_DEPENDENT = ("DataDependentOutputException", "GuardOnDataDependentSymNode", "DynamicOutputShapeException")
 
 
@@ -326,7 +358,10 @@ def _explain(error: Exception, recorder: _Recorder) -> CaptureError:
 
 
 def _user_frame(error: BaseException) -> str:
-    """The innermost frame outside torch and this package, as "file.py:12 in forward: source line"."""
+    """The innermost frame outside torch and this package, as "file.py:12 in forward: source line".
+
+    Where the user's own line called a library, both are named.
+    """
     skipped = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
     seen: BaseException | None = error
     while seen is not None:
