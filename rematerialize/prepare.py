@@ -23,6 +23,7 @@ from rematerialize.capture import (
     lower,
     normalize,
 )
+from rematerialize.capture.lower import KernelCost
 from rematerialize.emit import emit
 from rematerialize.errors import CaptureError, PlanMismatchError, RematerializeError
 from rematerialize.ir import TrainingGraph
@@ -141,7 +142,7 @@ def _prepare(
     captured = capture(model, forward, inputs, split_recurrences=split_recurrences)
     kernels = group_captured(captured)
     captured_at = time.perf_counter()
-    graph = lower(kernels, shared_costs()(kernels.kernels))
+    graph = lower(kernels, _costs(kernels))
     costed_at = time.perf_counter()
     _log.info(
         "captured %d ops in %.2f s, measured their costs in %.2f s",
@@ -162,6 +163,18 @@ def _prepare(
         model=model,
         key=signature(model, inputs),
     )
+
+
+def _costs(kernels: KernelGraph) -> Mapping[str, KernelCost]:
+    try:
+        return shared_costs()(kernels.kernels)
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            "This happened while rematerialize measured what the ops of a training step cost, one at a time: the "
+            "largest of them alone doesn't fit beside what is held. The model is as it was: free memory or make the "
+            "batch smaller, then call it again."
+        )
+        raise
 
 
 def group_captured(captured: CapturedStep) -> KernelGraph:

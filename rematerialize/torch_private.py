@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import operator
 import os
 import sys
@@ -36,6 +37,7 @@ from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._library import simple_registry
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.fx.graph import CodeGen
 from torch.fx.node import _side_effectful_functions
@@ -158,7 +160,8 @@ def _plain_checks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recorded_sources() -> Iterator[None]:
-    """Note on each forward node the user's line that asked for it (``meta["source"]``).
+    """Note on each forward node the user's line that asked for it (``meta["source"]``), and whether it is what
+    functionalization made of an in-place op (``meta["in_place"]``).
 
     torch can record whole stack traces, at a millisecond per node; one walk over the frames costs microseconds.
     """
@@ -169,6 +172,9 @@ def _recorded_sources() -> Iterator[None]:
         source = user_line()
         if source:
             node.meta["source"] = source
+        name = getattr(getattr(node.target, "_schema", None), "name", "")
+        if name and _functionalized_op() == f"{name}_":
+            node.meta["in_place"] = True
         return node
 
     PythonKeyTracer.create_node = noted  # type: ignore[method-assign]
@@ -176,6 +182,19 @@ def _recorded_sources() -> Iterator[None]:
         yield
     finally:
         PythonKeyTracer.create_node = create_node  # type: ignore[method-assign]
+
+
+_FUNCTIONALIZE = inspect.unwrap(FunctionalTensorMode.__torch_dispatch__).__code__
+
+
+def _functionalized_op() -> str:
+    """The name of the ATen op that functionalization is at work on between here and the traced function, if any."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not _FlatModule.forward.__code__:
+        if frame.f_code is _FUNCTIONALIZE:
+            return str(getattr(getattr(frame.f_locals.get("func"), "_schema", None), "name", ""))
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
 
 
 def generator_key(generator: torch.Generator) -> int:

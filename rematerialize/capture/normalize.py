@@ -203,8 +203,14 @@ def _write_mutations(
     """Each remaining buffer update becomes a ``copy_`` at the end of the forward."""
     if not pending:
         return
-    forward = [n for n in joint.graph.nodes if n.op == "call_function" and phase_of(n) == "forward"]
-    anchor = forward[-1] if forward else _last_placeholder(joint.graph)
+    # Views of outputs stand behind the backward: the forward ends where that begins.
+    anchor = _last_placeholder(joint.graph)
+    for node in joint.graph.nodes:
+        if node.op == "call_function" and phase_of(node) == "backward":
+            break
+        anchor = node if node.op == "call_function" else anchor
+    order = {node: at for at, node in enumerate(joint.graph.nodes)}
+    anchor = max([anchor, *(value for _, value in pending)], key=order.__getitem__)
     for index, value in pending:
         primal = joint.primals[index]
         with joint.graph.inserting_after(anchor):

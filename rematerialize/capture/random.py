@@ -56,10 +56,15 @@ def fill_in_eager_layout(graph: fx.Graph) -> None:
                 node.meta["val"] = _computed(node)
                 changed.add(node)
         elif any(source in changed for source in node.all_input_nodes):
-            value = _computed(node)
-            if _layouts(value) != _layouts(node.meta["val"]) or _shares(value, node):
-                node.meta["val"] = value
-                changed.add(node)
+            follow(node, changed)
+
+
+def follow(node: fx.Node, changed: set[fx.Node]) -> None:
+    """Correct the layout of a node whose inputs have changed theirs; it joins them if its own is another now."""
+    value = _computed(node)
+    if _layouts(value) != _layouts(node.meta["val"]) or _shares(value, node):
+        node.meta["val"] = value
+        changed.add(node)
 
 
 def _is_fresh(node: Any) -> bool:

@@ -232,10 +232,13 @@ class _Recorder:
         leaves, spec = private.tree_flatten(output)
         tensors: list[Tensor] = []
         noted: list[Any] = []
+        positions: dict[int, int] = {}
         for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                noted.append(_Hole(len(tensors)))
-                tensors.append(leaf)
+            if isinstance(leaf, Tensor):  # one that is returned twice is one output, with one gradient
+                if id(leaf) not in positions:
+                    positions[id(leaf)] = len(tensors)
+                    tensors.append(leaf)
+                noted.append(_Hole(positions[id(leaf)]))
             elif isinstance(leaf, _PLAIN_TYPES):
                 noted.append(leaf)
             else:

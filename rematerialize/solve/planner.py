@@ -144,7 +144,7 @@ class Planner:
                 levels += self._polisher.levels(lower, [floor + (least - floor) * part // 4 for part in range(4)])
                 points += lower
         self._raw = list(fronts([*points, *levels]))
-        self._archive = list(fronts([*levels, self._raw[0], self._store_all] if levels else points))
+        self._archive = list(fronts([*(levels or points), self._raw[0], self._store_all]))
         return self._archive
 
     def _plans(self, name: str, solver: Solver, unit: int, levels: Sequence[int]) -> Iterator[tuple[int, Plan]]:

@@ -1,0 +1,203 @@
+"""``python -m benchmarks.fuzz``: many random modules, counted by outcome and by piece."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from benchmarks.fuzz.check import Outcome, check, quick_costs
+from benchmarks.fuzz.pieces import PIECES
+from benchmarks.fuzz.recipe import Recipe, read
+from benchmarks.fuzz.strategies import recipes
+from benchmarks.provenance import Provenance, provenance
+
+FORMAT = "rematerialize.fuzz/1"
+RESULT = Path(__file__).resolve().parents[1] / "results" / "fuzz.json"
+PACKAGES = ("rematerialize", "torch", "hypothesis")
+CHUNK = 500  # examples per Hypothesis run: it draws small ones first
+TOLD = 50  # failures that are kept
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a run found. Coverage counts valid examples that have a piece at all, and the solver."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    invalid: Counter[str] = field(default_factory=Counter)
+    pieces: Counter[str] = field(default_factory=Counter)
+    solvers: Counter[str] = field(default_factory=Counter)
+    recomputing: int = 0
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, recipe: Recipe, outcome: Outcome) -> None:
+        self.outcomes[outcome.status] += 1
+        if outcome.status == "invalid":
+            self.invalid[outcome.detail[:80]] += 1
+            return
+        self.pieces.update({piece.name for piece in recipe.walk()})
+        self.solvers[recipe.solver] += 1
+        self.recomputing += outcome.recomputed > 0
+        if outcome.status == "refused":
+            self.reasons[outcome.detail] += 1
+        if outcome.status == "failed" and len(self.failures) < TOLD:
+            self.failures.append({"detail": outcome.detail, "recipe": repr(recipe)})
+
+    @property
+    def examples(self) -> int:
+        """Examples that eager can do: the others show nothing."""
+        return self.outcomes.total() - self.outcomes["invalid"]
+
+
+def fuzz(examples: int, first_seed: int, limit_s: float, every: Callable[[Tally], None]) -> Tally:
+    """Check recipes until there are enough valid ones, or the time is over."""
+    tally = Tally()
+    seen: set[Recipe] = set()
+    deadline = time.monotonic() + limit_s
+    number = first_seed
+    while tally.examples < examples and time.monotonic() < deadline:
+
+        @seed(number)
+        @settings(
+            max_examples=CHUNK,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(recipes())
+        def run(recipe: Recipe) -> None:
+            if recipe in seen or tally.examples >= examples or time.monotonic() > deadline:
+                return
+            seen.add(recipe)
+            outcome = check(recipe)
+            tally.add(recipe, outcome)
+            if outcome.status == "failed":
+                print(f"FAILED {outcome.detail}\n  {recipe!r}", flush=True)
+            if tally.outcomes.total() % 100 == 0:
+                every(tally)
+
+        run()
+        number += 1
+    return tally
+
+
+def shrink(recipe: Recipe) -> Recipe:
+    """The smallest recipe by greedy removal that fails in the same way."""
+    kind = _kind(check(recipe))
+    smaller = True
+    while smaller:
+        smaller = False
+        for candidate in _simpler(recipe):
+            if _kind(check(candidate)) == kind:
+                recipe, smaller = candidate, True
+                break
+    return recipe
+
+
+def _kind(outcome: Outcome) -> str:
+    words = outcome.detail.split()
+    return (
+        f"{outcome.status} {' '.join(words[:2])}" if outcome.detail.startswith("r") else f"{outcome.status} {words[:1]}"
+    )
+
+
+def _simpler(recipe: Recipe) -> list[Recipe]:
+    plain = Recipe(())
+    found = []
+    for pieces in _fewer(recipe.pieces):
+        found.append(replace(recipe, pieces=pieces))
+    if len(recipe.outputs) > 1:
+        found += [
+            replace(recipe, outputs=recipe.outputs[:i] + recipe.outputs[i + 1 :]) for i in range(len(recipe.outputs))
+        ]
+    for name in (
+        "micro_batches",
+        "loss",
+        "frozen",
+        "used",
+        "wide",
+        "home",
+        "inputs_with_grad",
+        "outputs",
+        "room",
+        "solver",
+        "seed",
+    ):
+        if getattr(recipe, name) != getattr(plain, name):
+            found.append(replace(recipe, **{name: getattr(plain, name)}))
+    return found
+
+
+def _fewer(pieces: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    found = [pieces[:i] + pieces[i + 1 :] for i in range(len(pieces))]
+    for i, piece in enumerate(pieces):
+        if piece.body:
+            found.append(pieces[:i] + piece.body + pieces[i + 1 :])
+            found += [(*pieces[:i], replace(piece, body=b), *pieces[i + 1 :]) for b in _fewer(piece.body)]
+        for name in ("a", "b", "k"):
+            if getattr(piece, name):
+                found.append((*pieces[:i], replace(piece, **{name: 0}), *pieces[i + 1 :]))
+    return found
+
+
+def record(tally: Tally, told: Provenance, wall_s: float) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        **asdict(told),
+        "wall_s": round(wall_s, 1),
+        "examples": tally.examples,
+        "outcomes": {name: tally.outcomes[name] for name in ("equal", "refused", "failed")},
+        "refused_by_reason": dict(tally.reasons.most_common()),
+        "not_for_eager": tally.outcomes["invalid"],
+        "with_recomputation": tally.recomputing,
+        "examples_by_piece": {name: tally.pieces[name] for name in sorted(PIECES)},
+        "examples_by_solver": dict(sorted(tally.solvers.items())),
+        "failures": tally.failures,
+    }
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__)
+    parser.add_argument("--examples", type=int, default=1000, help="valid examples to check")
+    parser.add_argument("--seed", type=int, default=0, help="of the recipes")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--recipe", help="check this one: the repr of a recipe")
+    parser.add_argument("--shrink", action="store_true", help="make a failing --recipe smaller")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    quick_costs()
+    if options.recipe:
+        recipe = read(options.recipe)
+        recipe = shrink(recipe) if options.shrink else recipe
+        outcome = check(recipe)
+        print(f"{recipe!r}\n{outcome.status}: {outcome.detail}")
+        return int(outcome.status == "failed")
+    told = provenance("benchmarks.fuzz", arguments, PACKAGES, options.seed)
+    start = time.monotonic()
+
+    def save(tally: Tally) -> None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(record(tally, told, time.monotonic() - start), indent=1)
+        options.output.write_text(text + "\n", encoding="utf-8")
+        print(f"{time.monotonic() - start:.0f} s: {dict(tally.outcomes)}", flush=True)
+
+    tally = fuzz(options.examples, options.seed, options.minutes * 60, save)
+    save(tally)
+    print(json.dumps({"invalid": tally.invalid.most_common(15)}, indent=1))
+    return int(tally.outcomes["failed"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

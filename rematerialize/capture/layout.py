@@ -1,0 +1,76 @@
+"""Results of in-place ops stay where eager has them: in the layout of what they change.
+
+Functionalization turns ``x.scatter_add_(...)`` into ``scatter_add(x, ...)``, whose result is contiguous whatever the
+layout of ``x``. The values are the same, but the strides that the user sees are not, nor, sometimes, the bits of what
+is computed from them: a kernel takes the last elements of a row by other instructions than the rest, so that the rows
+of a slice (ATen's GRU cells work in slices of their gates) and of a whole tensor round differently.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from rematerialize import torch_private as private
+from rematerialize.capture.random import follow
+
+aten = torch.ops.aten
+
+# Pieces that functionalization takes for tensors of their own.
+_UNSAFE_SPLITS = frozenset({aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default})
+
+
+def lay_out(value: Tensor, size: list[int], stride: list[int]) -> Tensor:
+    """A copy of a tensor that owns its storage, in a given layout."""
+    fresh = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+    return fresh.copy_(value)
+
+
+def keep_layouts(graph: fx.Graph) -> None:
+    """Give in-place ops' results the layout of their argument where they lost it, and correct what depends on them."""
+    changed: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if any(source in changed for source in node.all_input_nodes):
+            follow(node, changed)
+        if node.meta.get("in_place") and _lost(node):
+            _restore(graph, node)
+            changed.add(node)
+
+
+def _lost(node: fx.Node) -> bool:
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return False
+    like, value = source.meta["val"], node.meta["val"]
+    if not isinstance(value, Tensor) or (like.shape, like.dtype) != (value.shape, value.dtype):
+        return False
+    if like.stride() == value.stride():
+        return False
+    if _dense(like):
+        return True
+    split = source.args[0] if source.target is private.getitem else None
+    goes_on = any(user.meta.get("in_place") and user.args[0] is node for user in node.users)
+    return isinstance(split, fx.Node) and split.target in _UNSAFE_SPLITS and goes_on
+
+
+def _dense(value: Tensor) -> bool:
+    """Does every byte between its first and its last element belong to one element?"""
+    expected = 1
+    for stride, size in sorted((s, n) for n, s in zip(value.shape, value.stride(), strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _restore(graph: fx.Graph, node: fx.Node) -> None:
+    """The op's result goes to a node of its own; ``node`` becomes the copy in the right layout."""
+    like = node.args[0].meta["val"]  # type: ignore[union-attr]
+    with graph.inserting_before(node):
+        computed = graph.call_function(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    computed.meta.update(node.meta)
+    node.target, node.args, node.kwargs = lay_out, (computed, list(like.shape), list(like.stride())), {}
+    with like.fake_mode:
+        node.meta["val"] = lay_out(computed.meta["val"], like.shape, like.stride())

@@ -1,0 +1,77 @@
+"""Random modules (`benchmarks.fuzz`) under random budgets do eager's steps bit for bit, within their memory.
+
+A failure prints its recipe: ``python -m benchmarks.fuzz --shrink --recipe "Recipe(...)"`` runs it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, note, settings
+
+from benchmarks.fuzz.check import check
+from benchmarks.fuzz.recipe import Piece, Recipe, read
+from benchmarks.fuzz.strategies import recipes
+from rematerialize.prepare import shared_costs
+
+EXAMPLES = 200
+
+# What the fuzzer found, shrunk, by what was wrong.
+FOUND = {
+    "outputs that are inputs": Recipe((Piece("contiguous"),), outputs=(0,), inputs_with_grad=1),
+    "one tensor returned twice counted twice": Recipe(
+        (Piece("linear"), Piece("activation", k=5)), wide=True, outputs=(0, 0), used=2, solver="store_all"
+    ),
+    "slices of a GRU's gates rounded otherwise": Recipe((Piece("lstm_cell", k=1),)),
+    "slices of a GRU layer's gates rounded otherwise": Recipe((Piece("lstm", k=1),), home="sequence"),
+    "scatter_add_ lost its argument's layout": Recipe((Piece("lstm"), Piece("index", k=13)), home="image"),
+    "store-all below the least budget of a named solver": Recipe(
+        (
+            Piece("buffer", a=5, b=3),
+            Piece("softmax", k=1),
+            Piece("layer_activation_", k=2),
+            Piece("tied", k=1),
+            Piece("stack", a=1, b=1, k=1),
+            Piece("rms_norm", a=2),
+            Piece("lstm_cell", a=5, k=3),
+        ),
+        home="sequence",
+        loss="inside",
+        solver="rotor",
+        room=10,
+    ),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """One thread, and kernels that run once: recipes say what they cost."""
+    threads, limit_s = torch.get_num_threads(), shared_costs().time_limit_s
+    torch.set_num_threads(1)
+    shared_costs().time_limit_s = 0.0
+    yield
+    torch.set_num_threads(threads)
+    shared_costs().time_limit_s = limit_s
+
+
+@settings(
+    max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+@given(recipes())
+def test_random_modules_do_eagers_steps_within_their_budgets(recipe: Recipe) -> None:
+    outcome = check(recipe)
+    note(f"{outcome.status}: {outcome.detail}")
+    assert outcome.status != "failed", f"{outcome.detail}\n{recipe!r}"
+
+
+@pytest.mark.parametrize("wrong", FOUND)
+def test_what_was_wrong_is_equal_now(wrong: str) -> None:
+    outcome = check(FOUND[wrong])
+    assert (outcome.status, outcome.detail) == ("equal", "")
+
+
+def test_a_recipe_is_read_back_from_its_print() -> None:
+    recipe = Recipe((Piece("linear", k=1), Piece("loop", body=(Piece("dropout"),))), home="image", outputs=(0, 2))
+    assert read(repr(recipe)) == recipe
