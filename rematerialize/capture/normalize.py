@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import find_aliases, is_random, is_view, phase_of
 from rematerialize.capture.convolution import split_convolution_backwards
+from rematerialize.capture.layout import keep_layouts, lay_out
 from rematerialize.capture.random import fill_in_eager_layout
 from rematerialize.capture.scatter import write_through_scatters
 
@@ -45,6 +46,7 @@ def normalize(joint: private.JointTrace) -> NormalGraph:
     graph = joint.graph
     written: dict[fx.Node, tuple[fx.Node, ...]] = {}
     fill_in_eager_layout(graph)
+    keep_layouts(graph)
     _factories_without_templates(graph)
     split_convolution_backwards(graph)
     _rnn_layers_with_workspace(graph)
@@ -218,12 +220,6 @@ def _write_mutations(
         anchor.meta["val"] = primal.meta["val"]
         anchor.meta["source"] = value.meta.get("source", "")
         written[anchor] = (primal,)
-
-
-def lay_out(gradient: Tensor, size: list[int], stride: list[int]) -> Tensor:
-    """A copy of a gradient that owns its storage, in its parameter's layout."""
-    fresh = torch.empty_strided(size, stride, dtype=gradient.dtype, device=gradient.device)
-    return fresh.copy_(gradient)
 
 
 def _own_gradients(joint: private.JointTrace) -> tuple[fx.Node | None, ...]:
