@@ -19,6 +19,8 @@ Status = Literal["pass", "refused", "failed", "skipped"]
 # The first that is found in a refusal's message names its group; "other" is a gap in this list.
 REASONS: tuple[tuple[str, str], ...] = (
     (r"depends on the values of its tensors", "a shape or a branch depends on values"),
+    (r"data is not allocated yet", "a shape or a branch depends on values"),
+    (r"sparse tensor", "a sparse tensor"),
     (r"no output of the forward requires grad", "no output requires grad"),
 )
 

@@ -1,0 +1,125 @@
+"""Formulas that torch computes in another way under a trace than in eager: put back to eager's, bit for bit.
+
+Some composite kernels look at values in eager (is there a zero? which targets count?) and take a formula without
+such a look, equal up to rounding, when a tensor isn't a plain one (``areAnyTensorSubclassLike`` in torch's C++). As
+one call of fixed output shape, the look is possible in a planned step, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rematerialize.capture.aliasing import phase_of
+
+aten = torch.ops.aten
+
+
+def take_eager_paths(graph: fx.Graph) -> None:
+    """Rewrite each such formula into eager's."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        for rewrite in (_spread_evenly, _weights_of_targets, _product):
+            found = rewrite(node)
+            if found is not None:
+                node.target, node.args = found
+                node.kwargs = {}
+                break
+
+
+_Call = tuple[Callable[..., Tensor], tuple[Any, ...]]
+
+
+def spread(mask: Tensor, share: Tensor) -> Tensor:
+    """The share where the mask is set, +0 elsewhere: the gradient of max(), min() and median() of a whole tensor."""
+    return share.new_zeros(mask.shape).masked_fill_(mask, share)
+
+
+def _spread_evenly(node: Any) -> _Call | None:
+    if not _calls(node, aten.mul.Tensor) or phase_of(node) != "backward" or node.meta["val"].is_cuda:
+        return None
+    mask, share = node.args
+    if not _calls(share, aten.div.Tensor) or not _calls(share.args[1], aten.sum.default):
+        return None
+    if share.args[1].args[0] is not mask or mask.meta["val"].dtype != torch.bool or share.meta["val"].dim():
+        return None
+    return spread, (mask, share)
+
+
+def weight_of_targets(weight: Tensor, target: Tensor, ignored: Tensor) -> Tensor:
+    """The sum of the class weights of the targets that count, in eager's order of summands."""
+    return weight.gather(0, target.masked_select(~ignored)).sum()
+
+
+def _weights_of_targets(node: Any) -> _Call | None:
+    """The divisor of a cross entropy with label smoothing, class weights and reduction="mean"."""
+    if not _calls(node, aten.sum.default) or not _calls(node.args[0], aten.masked_fill.Scalar):
+        return None
+    gathered, ignored, fill = node.args[0].args
+    if fill != 0 or not _calls(gathered, aten.gather.default) or gathered.args[0].meta["val"].dim() != 1:
+        return None
+    target, ignored = _viewed(gathered.args[2]), _viewed(ignored)
+    if not _calls(target, aten.masked_fill.Scalar) or target.args[1] is not ignored or target.args[2] != 0:
+        return None
+    # A forward that spells this out itself has the formula on lines of its own.
+    if node.meta.get("source") != target.meta.get("source") or not _calls(ignored, aten.eq.Scalar):
+        return None
+    return weight_of_targets, (gathered.args[0], target.args[0], ignored)
+
+
+def product_backward(gradient: Tensor, others: Tensor, x: Tensor, result: Tensor, dim: int | None) -> Tensor:
+    """The gradient of prod(): by division where no factor is zero, else by ``others``, the product of the others."""
+    zeros = int((x == 0).sum())
+    if zeros:
+        return torch.zeros_like(x) if dim is None and zeros > 1 else gradient * others
+    if dim is not None and result.dim() < x.dim():
+        result = result.unsqueeze(dim)
+    return gradient * (result / x).conj()
+
+
+def _product(node: Any) -> _Call | None:
+    """Gradient times (products of the factors before, times of those behind): two cumprods in a backward."""
+    if not _calls(node, aten.mul.Tensor) or phase_of(node) != "backward":
+        return None
+    others = node.args[1]
+    inner = others.args[0] if _calls(others, aten._conj.default) else others
+    if not _calls(inner, aten.mul.Tensor) or not _calls(inner.args[0], aten.cumprod.default):
+        return None
+    if not _calls(inner.args[1], aten.flip.default) or not _calls(inner.args[0].args[0], aten.cat.default):
+        return None
+    pieces = inner.args[0].args[0].args[0]
+    if len(pieces) != 2 or not _calls(pieces[1], aten.slice.Tensor):
+        return None
+    x = pieces[1].args[0]
+    for forward in _same(x).users_of(aten.prod.dim_int, aten.prod.default):
+        whole = forward.target is aten.prod.default
+        if whole or forward.args[1] % x.meta["val"].dim() == pieces[1].args[1] % x.meta["val"].dim():
+            return product_backward, (node.args[0], others, x, forward, None if whole else forward.args[1])
+    return None
+
+
+class _same:
+    """A value under all names that views of the whole give it."""
+
+    def __init__(self, node: Any) -> None:
+        while _calls(node, aten.view.default) or _calls(node, aten.detach.default):
+            node = node.args[0]
+        self.names: list[fx.Node] = [node]
+        for name in self.names:
+            self.names += [n for n in name.users if n.target in (aten.view.default, aten.detach.default)]
+
+    def users_of(self, *targets: Any) -> list[fx.Node]:
+        """The calls of some ops on it."""
+        return [user for name in self.names for user in name.users if user.target in targets]
+
+
+def _viewed(node: Any) -> Any:
+    return node.args[0] if _calls(node, aten.view.default) else node
+
+
+def _calls(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
