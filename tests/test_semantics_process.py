@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed._functional_collectives as collectives
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rematerialize as remat
@@ -121,3 +122,19 @@ def test_a_child_process_trains_and_plans_after_its_parent_planned(method: str) 
         step = step_of(eager, batch()[:rows])
         expected = [*step.outputs, *(g for g in step.gradients.values() if g is not None)]
         assert all(same(a, torch.from_numpy(b)) for a, b in zip(expected, tensors, strict=True))
+
+
+class Gathers(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(hidden * collectives.all_reduce(hidden.detach(), "sum", distributed.group.WORLD))
+
+
+def test_a_collective_inside_of_a_step_is_refused(tmp_path: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        ours = remat.wrap(Gathers(), activation_budget="100%")
+        with pytest.raises(remat.CaptureError, match="talks to other processes"):
+            ours(batch())
+    finally:
+        distributed.destroy_process_group()

@@ -77,7 +77,7 @@ def refuse_other_layouts(result: Any) -> None:
 
 
 def refuse_unplannable(joint: private.JointTrace, names: Sequence[str]) -> None:
-    """Objects without a value, sparse values, observers without a shape.
+    """Objects without a value, collectives, sparse values, observers without a shape.
 
     Raises
     ------
@@ -95,6 +95,11 @@ def refuse_unplannable(joint: private.JointTrace, names: Sequence[str]) -> None:
             raise CaptureError(
                 f"the step uses an object{_place(node)} that can't be planned ({node.target}): leave it out of the "
                 "wrapped module"
+            )
+        if str(node.target).startswith(("c10d.", "_c10d_functional", "_dtensor.")):
+            raise CaptureError(
+                f"the step talks to other processes{_place(node)} ({node.target}), which a plan must neither repeat "
+                "nor move: leave collectives out of the wrapped module"
             )
         found = _sparse(node.meta.get("val"))
         if found is not None:
