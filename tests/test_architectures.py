@@ -37,7 +37,9 @@ def test_names_are_unique() -> None:
 def test_the_page_is_made_from_the_record_of_all_cases_and_none_is_incorrect() -> None:
     captures = Captures.load()
     assert PAGE.read_text(encoding="utf-8") == page(captures), "run `python -m benchmarks.captures --render`"
-    assert [result.name for result in captures.results] == [case.name for case in (*CASES, *ZOO)]
+    named = [result.name for result in captures.results]
+    assert named[: len(CASES)] == [case.name for case in CASES]
+    assert set(named[len(CASES) :]) <= {case.name for case in ZOO}  # `tests/test_zoo.py` has all of them
     assert all(result.status != "incorrect" for result in captures.results)
     refused = {result.name for result in captures.results if result.status != "supported"}
     assert refused == {case.name for case in CASES if case.refused}

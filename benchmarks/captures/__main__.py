@@ -1,6 +1,7 @@
 """Run the cases in turn: ``python -m benchmarks.captures [NAME...]``. A run over all writes the record and the page.
 
-Named cases are only told; ``--render`` makes the page from the record.
+Named cases take their old place in the record if it was made by the same code, and are only told otherwise;
+``--render`` makes the page from the record.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 
 from benchmarks.captures import CASES, ZOO
 from benchmarks.captures.check import check
-from benchmarks.captures.records import PAGE, Captures, Result, page
+from benchmarks.captures.records import PAGE, RECORD, Captures, Result, page
 from benchmarks.provenance import provenance
 
 _PACKAGES = ("torch", "transformers", "diffusers", "torch-geometric", "peft")
@@ -35,8 +36,11 @@ def main(arguments: list[str]) -> int:
             return 2
         results.append(check(cases[name]))
         print(_line(results[-1]), flush=True)
-    if not arguments:
-        Captures(origin, tuple(results)).save()
+    known = Captures.load() if arguments and RECORD.exists() else Captures(origin, ())
+    if known.provenance.same_code(origin):
+        rows = {result.name: result for result in (*known.results, *results)}
+        ordered = tuple(rows[name] for name in cases if name in rows)
+        Captures(known.provenance, ordered).save()
         PAGE.write_text(page(Captures.load()), encoding="utf-8")
     return any(result.status == "incorrect" for result in results)
 

@@ -19,6 +19,7 @@ _SPARSE_WAY = (
     "sparse tensors have no storage that a plan could move; multiply by index operations instead, which is the same "
     "sum: zeros.index_add(0, row, value[:, None] * x[column]), with row, column and value as tensors"
 )
+_STRIDED_WAY = "a plan moves plain storages only; convert it to a dense one, ragged rows padded and masked"
 _OBSERVER = (
     "the observer of a per-channel fake quantization{place} has no shape before the model has run: call the model "
     "once, model(*inputs) under torch.no_grad(), before planning"
@@ -65,7 +66,7 @@ def refuse_sparse_primals(names: Sequence[str], primals: Sequence[Tensor]) -> No
     """A sparse buffer or input can't even be traced."""
     for name, primal in zip(names, primals, strict=True):
         if primal.layout is not torch.strided:
-            raise CaptureError(f"{name} is a sparse tensor ({_layout(primal)}): {_SPARSE_WAY}")
+            raise CaptureError(f"{name} is a {_kind(primal)} ({_layout(primal)}): {_way_of(primal)}")
 
 
 def refuse_other_layouts(result: Any) -> None:
@@ -73,7 +74,7 @@ def refuse_other_layouts(result: Any) -> None:
     if isinstance(result, Tensor) and result.layout is not torch.strided:
         line = private.user_line()
         place = f" at {line}" if line else ""
-        raise CaptureError(f"the forward makes a sparse tensor{place} ({_layout(result)}): {_SPARSE_WAY}")
+        raise CaptureError(f"the forward makes a {_kind(result)}{place} ({_layout(result)}): {_way_of(result)}")
 
 
 def refuse_unplannable(joint: private.JointTrace, names: Sequence[str]) -> None:
@@ -103,7 +104,7 @@ def refuse_unplannable(joint: private.JointTrace, names: Sequence[str]) -> None:
             )
         found = _sparse(node.meta.get("val"))
         if found is not None:
-            raise CaptureError(f"the step makes a sparse tensor{_place(node)} ({_layout(found)}): {_SPARSE_WAY}")
+            raise CaptureError(f"the step makes a {_kind(found)}{_place(node)} ({_layout(found)}): {_way_of(found)}")
         if node.target is aten._fused_moving_avg_obs_fq_helper_functional.default and _unshaped(node):
             raise CaptureError(_OBSERVER.format(place=_place(node)))
 
@@ -120,7 +121,15 @@ def _sparse(value: Any) -> Tensor | None:
 
 
 def _layout(tensor: Tensor) -> str:
-    return str(tensor.layout).removeprefix("torch.")
+    return str(tensor.layout).removeprefix("torch.").removeprefix("_")
+
+
+def _kind(tensor: Tensor) -> str:
+    return "sparse tensor" if "sparse" in _layout(tensor) else "tensor without plain storage"
+
+
+def _way_of(tensor: Tensor) -> str:
+    return _SPARSE_WAY if "sparse" in _layout(tensor) else _STRIDED_WAY
 
 
 def _place(node: fx.Node) -> str:
