@@ -157,7 +157,7 @@ def record(tally: Tally, told: Provenance, wall_s: float) -> dict[str, Any]:
         **asdict(told),
         "wall_s": round(wall_s, 1),
         "examples": tally.examples,
-        "outcomes": {name: tally.outcomes[name] for name in ("equal", "refused", "failed")},
+        "outcomes": {name: tally.outcomes[name] for name in ("equal", "rounded", "refused", "failed")},
         "refused_by_reason": dict(tally.reasons.most_common()),
         "not_for_eager": tally.outcomes["invalid"],
         "with_recomputation": tally.recomputing,
