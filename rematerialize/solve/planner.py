@@ -23,6 +23,7 @@ from rematerialize.solve.step import Plan, Step, compile_step
 HALVINGS = 7  # of the room between two archived peaks, down to the budget that was asked for
 LEVELS = 18  # between the minimum and store-all
 NEAR = (0, 1, 2, 4, 7, 11)  # more levels near the minimum, in percent above it
+STEEP = 3  # levels at the minimum for which plans from store-all down are tried, too
 TWICE = ("chain", "descent")  # the solvers that plan larger steps in two orders
 FINE, COARSE = 0.2, 0.05  # effort of the lower bound, for small steps and others
 Solver = Callable[[Step, Sequence[int]], Iterable[Plan]]
@@ -137,6 +138,8 @@ class Planner:
             wanted = [least + (high - least) * part // LEVELS for part in range(1, LEVELS)][::stride]
             wanted += [min(least * (100 + percent) // 100, high) for percent in NEAR][::stride]
             levels = self._polisher.levels(points, wanted)
+            lowest = [(start, level) for start in self._starts for level in sorted(wanted)[:STEEP]]
+            levels += filter(None, (self._polisher.down(start, level, work=0) for start, level in lowest))
             lower = [point for point in self._polisher.squeeze([self._store_all]) if point.peak_bytes < least]
             if lower:
                 # Only what the canonical orders can't reach may depend on the order that was given.
