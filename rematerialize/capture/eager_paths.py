@@ -45,6 +45,9 @@ def _spread_evenly(node: Any) -> _Call | None:
     mask, share = node.args
     if not _calls(share, aten.div.Tensor) or not _calls(share.args[1], aten.sum.default):
         return None
+    # A user's own backward may say mask * (g / mask.sum()); torch's mask is (x == max) | (x.isnan() & max.isnan()).
+    if not _calls(mask, aten.logical_or.default) or not _calls(mask.args[0], aten.eq.Tensor):
+        return None
     if share.args[1].args[0] is not mask or mask.meta["val"].dtype != torch.bool or share.meta["val"].dim():
         return None
     return spread, (mask, share)
