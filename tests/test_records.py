@@ -64,6 +64,6 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         Comparison.load(tmp_path / "c.json")
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("bench*.json")), ids=lambda path: path.stem)
 def test_pages_are_what_their_json_renders_to(path: Path) -> None:
     assert path.with_suffix(".md").read_text(encoding="utf-8") == markdown(Comparison.load(path))
