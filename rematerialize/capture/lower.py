@@ -50,7 +50,7 @@ def lower(graph: KernelGraph, costs: Mapping[str, KernelCost]) -> TrainingGraph:
     for kernel in graph.kernels:
         cost = costs.get(kernel.name, KernelCost(0.0))
         _correct_sizes(kernel, cost, sizes)
-        ops.append(_op(kernel, cost))
+        ops.append(_op(kernel, cost, sizes))
     joint = graph.normal.joint
     block = _CUDA_BLOCK if any(n.meta["val"].device.type == "cuda" for n in joint.primals) else 1
     fixed = [n for n in joint.graph.nodes if n.op in ("placeholder", "get_attr")]
@@ -78,7 +78,7 @@ def _correct_sizes(kernel: Kernel, cost: KernelCost, sizes: dict[str, int]) -> N
                 sizes[name] = size
 
 
-def _op(kernel: Kernel, cost: KernelCost) -> Op:
+def _op(kernel: Kernel, cost: KernelCost, sizes: Mapping[str, int]) -> Op:
     without_calls = "rng_state" if kernel.rng_device else "autograd"
     target = " ".join(_target_name(node.target) for node, _ in kernel.calls) or without_calls
     source = kernel.head.meta.get("source", "") if kernel.calls else ""
@@ -88,7 +88,8 @@ def _op(kernel: Kernel, cost: KernelCost) -> Op:
         time_s=cost.time_s,
         inputs=tuple(kernel.reads),
         outputs=tuple(kernel.writes),
-        transient_bytes=cost.transient_bytes,
+        # A recomputed random op puts the generator's present state aside while it draws from the saved one.
+        transient_bytes=cost.transient_bytes + (sizes[kernel.rng] if kernel.rng else 0),
         recomputable=kernel.phase == "forward" and not kernel.once,
         target=target,
         source=source,
