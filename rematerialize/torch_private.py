@@ -36,7 +36,7 @@ from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._library import simple_registry
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.fx.graph import CodeGen
@@ -304,7 +304,6 @@ def _read_joint(joint: Any, primal_count: int) -> JointTrace:
         if isinstance(descriptor, PlainAOTInput):
             primals[descriptor.idx] = node
         elif isinstance(descriptor, TangentAOTInput):
-            node.meta["val"] = _own_storage(node.meta["val"])
             tangents.append((node, descriptor.output))
         else:
             raise UnsupportedTraceError(f"the forward needs an input of kind {type(descriptor).__name__}")
@@ -327,14 +326,6 @@ def _read_joint(joint: Any, primal_count: int) -> JointTrace:
         mutations=tuple(found.mutations),
         gradients=tuple(found.gradients),
     )
-
-
-def _own_storage(tangent: Tensor) -> Tensor:
-    """A fake tangent like the given one; that of an output which is one of several views shares their storage."""
-    if not isinstance(tangent, FakeTensor):
-        return tangent
-    with tangent.fake_mode:
-        return torch.empty_strided(tangent.shape, tangent.stride(), dtype=tangent.dtype, device=tangent.device)
 
 
 @dataclass(slots=True)

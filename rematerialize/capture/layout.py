@@ -8,6 +8,8 @@ of a slice (ATen's GRU cells work in slices of their gates) and of a whole tenso
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, fx
 
@@ -24,6 +26,23 @@ def lay_out(value: Tensor, size: list[int], stride: list[int]) -> Tensor:
     """A copy of a tensor that owns its storage, in a given layout."""
     fresh = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
     return fresh.copy_(value)
+
+
+def part_tangents(graph: fx.Graph, tangents: Iterable[fx.Node]) -> None:
+    """Give each fake tangent a storage of its own: those of outputs that look at one storage share one, too."""
+    taken: set[int] = set()
+    parted: set[fx.Node] = set()
+    for node in tangents:
+        value = node.meta["val"]
+        if private.storage_key(value) in taken:
+            with value.fake_mode:
+                fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            node.meta["val"] = fresh
+            parted.add(node)
+        taken.add(private.storage_key(node.meta["val"]))
+    for node in graph.nodes if parted else ():
+        if node.op == "call_function" and any(source in parted for source in node.all_input_nodes):
+            follow(node, parted)
 
 
 def keep_layouts(graph: fx.Graph) -> None:

@@ -16,7 +16,7 @@ from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import find_aliases, is_random, is_view, phase_of
 from rematerialize.capture.convolution import split_convolution_backwards
 from rematerialize.capture.eager_paths import take_eager_paths
-from rematerialize.capture.layout import keep_layouts, lay_out
+from rematerialize.capture.layout import keep_layouts, lay_out, part_tangents
 from rematerialize.capture.random import fill_in_eager_layout
 from rematerialize.capture.scatter import write_through_scatters
 
@@ -46,6 +46,7 @@ def normalize(joint: private.JointTrace) -> NormalGraph:
     """Apply every rewrite, drop dead nodes. The graph is changed in place and belongs to the result."""
     graph = joint.graph
     written: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    part_tangents(graph, [node for node, _ in joint.tangents])
     take_eager_paths(graph)
     fill_in_eager_layout(graph)
     keep_layouts(graph)

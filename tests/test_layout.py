@@ -1,0 +1,62 @@
+"""Layouts and storages of a captured step: in-place ops keep their argument's, tangents don't share one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rematerialize.prepare import PreparedStep, bind_inputs, prepare
+from rematerialize.torch_private import storage_key
+from tests.twins import check_steps
+
+
+class Chunks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.layer(x).chunk(2, -1)
+
+
+class Mean(Chunks):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.layer(x).mean(),)
+
+
+class ScatterTransposed(Chunks):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        turned = self.layer(x).t().clone()
+        return (turned.scatter_add_(0, torch.zeros(8, 4, dtype=torch.int64), x.t()),)
+
+
+class Twice(Chunks):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        out = self.layer(x).relu()
+        return out, out
+
+
+def prepared(model: nn.Module) -> PreparedStep:
+    return prepare(model, model.forward, bind_inputs(model.forward, (torch.randn(4, 8),)))
+
+
+def test_each_tangent_has_a_storage_of_its_own() -> None:
+    for model in (Chunks(), Twice()):
+        tangents = [node.meta["val"] for node, _ in prepared(model).captured.joint.tangents]
+        assert len({storage_key(tangent) for tangent in tangents}) == len(tangents) > 0
+
+
+def test_an_output_that_is_returned_twice_has_one_tangent() -> None:
+    assert len(prepared(Twice()).captured.joint.tangents) == 1
+
+
+def test_a_view_of_a_tangent_allocates_nothing() -> None:
+    targets = [op.target for op in prepared(Mean()).graph.ops]
+    assert not [target for target in targets if "expand" in target]
+
+
+def test_an_in_place_op_keeps_the_layout_of_what_it_changes() -> None:
+    x = torch.randn(4, 8)
+    for model in (ScatterTransposed, lambda: nn.GRUCell(13, 13), lambda: nn.GRU(13, 13, batch_first=True)):
+        own = x if model is ScatterTransposed else torch.randn(4, 13)
+        check_steps(model, own)
