@@ -28,7 +28,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="where to write; unless given, only a full run writes")
     options = parser.parse_args(arguments)
     progress = Console(stderr=True)
-    start = time.perf_counter()
+    # Now, not at the end: the worker holds the code of this moment, whatever is committed while it runs.
+    begun, start = provenance("benchmarks.conformance", arguments, ("torch", "numpy")), time.perf_counter()
     found: dict[str, tuple[Verdict, ...]] = {}
     for suite in (options.suite,) if options.suite else SUITES:
         wanted = options.names or names(suite)
@@ -44,9 +45,7 @@ def main(arguments: Sequence[str]) -> int:
                 )
         found[suite] = tuple(verdicts)
         print(table(suite, verdicts))
-    record = Record(
-        provenance("benchmarks.conformance", arguments, ("torch", "numpy")), time.perf_counter() - start, found
-    )
+    record = Record(begun, time.perf_counter() - start, found)
     path = options.json or (None if options.suite else RESULT)
     if path:
         record.save(path)

@@ -28,9 +28,11 @@ def lay_out(value: Tensor, size: list[int], stride: list[int]) -> Tensor:
     return fresh.copy_(value)
 
 
-def part_tangents(graph: fx.Graph, tangents: Iterable[fx.Node]) -> None:
-    """Give each fake tangent a storage of its own: those of outputs that look at one storage share one, too."""
-    taken: set[int] = set()
+def part_tangents(graph: fx.Graph, primals: Iterable[fx.Node], tangents: Iterable[fx.Node]) -> None:
+    """Give each fake tangent a storage of its own: that of an output which looks at another's, or at a parameter's
+    (chunk, split, unbind), shares it.
+    """
+    taken = {private.storage_key(node.meta["val"]) for node in primals if isinstance(node.meta["val"], Tensor)}
     parted: set[fx.Node] = set()
     for node in tangents:
         value = node.meta["val"]

@@ -46,7 +46,7 @@ def normalize(joint: private.JointTrace) -> NormalGraph:
     """Apply every rewrite, drop dead nodes. The graph is changed in place and belongs to the result."""
     graph = joint.graph
     written: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    part_tangents(graph, [node for node, _ in joint.tangents])
+    part_tangents(graph, joint.primals, [node for node, _ in joint.tangents])
     take_eager_paths(graph)
     fill_in_eager_layout(graph)
     keep_layouts(graph)
