@@ -60,3 +60,21 @@ def test_an_in_place_op_keeps_the_layout_of_what_it_changes() -> None:
     for model in (ScatterTransposed, lambda: nn.GRUCell(13, 13), lambda: nn.GRU(13, 13, batch_first=True)):
         own = x if model is ScatterTransposed else torch.randn(4, 13)
         check_steps(model, own)
+
+
+class NormOfRecurrence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrence = nn.LSTM(8, 8, batch_first=True)
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.recurrence(x)[0])
+
+
+def test_a_batch_norm_of_a_strided_tensor_has_the_layout_of_its_kernel() -> None:
+    x = torch.randn(3, 5, 8)
+    ours = check_steps(NormOfRecurrence, x)
+    assert ours(x).stride() == (40, 8, 1)
+    joint = prepare(ours := NormOfRecurrence(), ours.forward, bind_inputs(ours.forward, (x,))).captured.joint
+    assert [node.meta["val"].stride() for node, _ in joint.tangents] == [(40, 8, 1)]

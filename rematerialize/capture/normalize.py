@@ -16,7 +16,7 @@ from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import find_aliases, is_random, is_view, phase_of
 from rematerialize.capture.convolution import split_convolution_backwards
 from rematerialize.capture.eager_paths import take_eager_paths
-from rematerialize.capture.layout import keep_layouts, lay_out, part_tangents
+from rematerialize.capture.layout import eager_layouts, lay_out, part_tangents
 from rematerialize.capture.random import fill_in_eager_layout
 from rematerialize.capture.scatter import write_through_scatters
 
@@ -49,7 +49,7 @@ def normalize(joint: private.JointTrace) -> NormalGraph:
     part_tangents(graph, joint.primals, [node for node, _ in joint.tangents])
     take_eager_paths(graph)
     fill_in_eager_layout(graph)
-    keep_layouts(graph)
+    eager_layouts(joint)
     _factories_without_templates(graph)
     split_convolution_backwards(graph)
     _rnn_layers_with_workspace(graph)

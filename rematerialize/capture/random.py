@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import tensors_of
 
 aten = torch.ops.aten
@@ -72,6 +73,9 @@ def _is_fresh(node: Any) -> bool:
 
 
 def _computed(node: fx.Node) -> Any:
+    if node.target is private.getitem:
+        source, index = node.args
+        return source.meta["val"][index]  # type: ignore[union-attr]
     args = fx.node.map_arg(node.args, lambda source: source.meta["val"])
     kwargs = fx.node.map_arg(node.kwargs, lambda source: source.meta["val"])
     mode = next(source.meta["val"] for source in node.all_input_nodes if hasattr(source.meta["val"], "fake_mode"))
