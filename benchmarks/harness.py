@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils import _pytree as pytree
 
 from benchmarks.models.spec import Inputs, loss_is_output
 
@@ -128,11 +129,11 @@ def weightless_loss(outputs: Any) -> Tensor:
     """Return a loss that adds no memory of its own to the step but the gradients of the outputs.
 
     A loss outside of the model allocates what no plan of the model can see; this one shows the
-    model's peak alone. Takes a tensor, or a tuple or list of tensors.
+    model's peak alone. Takes a tensor, or a container of tensors that torch knows or that is a dict.
     """
-    parts = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    parts = list(outputs.values()) if isinstance(outputs, dict) else pytree.tree_leaves(outputs)
     apply: Callable[..., Tensor] = _WeightlessLoss.apply
-    return apply(*(part for part in parts if part.requires_grad))
+    return apply(*(part for part in parts if isinstance(part, Tensor) and part.requires_grad))
 
 
 def clear_gradients(module: nn.Module) -> None:
