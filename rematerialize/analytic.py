@@ -61,5 +61,11 @@ def analytic_graph(
     """
     check_model(model)
     inputs = bind_inputs(model.forward, example_inputs)
-    kernels = group_captured(capture(model, model.forward, inputs, split_recurrences=split_recurrences))
-    return lower(kernels, AnalyticCostModel(device)(kernels.kernels))
+    captured = capture(model, model.forward, inputs, split_recurrences=split_recurrences)
+    kernels = group_captured(captured)
+    return lower(
+        kernels,
+        AnalyticCostModel(device)(kernels.kernels),
+        module_names={module: name for name, module in model.named_modules()},
+        primal_names=captured.primal_names(),
+    )

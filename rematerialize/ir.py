@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rematerialize.errors import GraphError
@@ -39,8 +39,9 @@ class Op:
         Workspace that lives only while the op runs.
     recomputable : bool
         False: computed at most once, in the forward.
-    target, source : str
-        What it runs, and the user's line that asked for it ("model.py:12").
+    target, source, module : str
+        What it runs, the user's line that asked for it ("model.py:12"), and the qualified name of the module that
+        was being called ("layers.3.attention"; "" is the model itself). A backward op has its forward op's.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Op:
     recomputable: bool = True
     target: str = ""
     source: str = ""
+    module: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ class TrainingGraph:
         Forward results, live from their production to the end of the step.
     gradients : tuple of str
         Live from their production to the end of the step.
+    labels : mapping of str to str
+        What people call a storage: "layers.0.weight float32[64, 64]". For reports only, and not of every storage.
 
     Examples
     --------
@@ -88,6 +92,7 @@ class TrainingGraph:
     tangents: tuple[str, ...]
     outputs: tuple[str, ...]
     gradients: tuple[str, ...]
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def verify(self) -> TrainingGraph:
         """Return the graph itself; raise GraphError at the first rule that it breaks. O(edges)."""
@@ -97,6 +102,7 @@ class TrainingGraph:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of the graph, in a fixed key order."""
+        labelled = {"labels": dict(self.labels)} if self.labels else {}
         return {
             "format": FORMAT,
             "storages": dict(self.storages),
@@ -105,6 +111,7 @@ class TrainingGraph:
             "ops": [_op_to_dict(op) for op in self.ops],
             "outputs": list(self.outputs),
             "gradients": list(self.gradients),
+            **labelled,
         }
 
     def to_json(self) -> str:
@@ -138,15 +145,17 @@ class TrainingGraph:
             tangents=_names(data, "tangents", "graph"),
             outputs=_names(data, "outputs", "graph"),
             gradients=_names(data, "gradients", "graph"),
+            labels=_labels(data),
         ).verify()
 
     def content_hash(self) -> str:
-        """Return the SHA-256 of what a plan depends on: everything but ``target`` and ``source``."""
+        """Return the SHA-256 of what a plan depends on: everything but what is there for readers."""
         data = self.to_dict()
+        data.pop("labels", None)
         data["storages"] = dict(sorted(self.storages.items()))
         for op in data["ops"]:
-            op.pop("target", None)
-            op.pop("source", None)
+            for readers in ("target", "source", "module"):
+                op.pop(readers, None)
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -180,6 +189,8 @@ def _op_to_dict(op: Op) -> dict[str, Any]:
         data["target"] = op.target
     if op.source:
         data["source"] = op.source
+    if op.module:
+        data["module"] = op.module
     return data
 
 
@@ -206,7 +217,15 @@ def _op_from_dict(position: int, data: Any) -> Op:
         recomputable=data.get("recomputable", True),
         target=data.get("target", ""),
         source=data.get("source", ""),
+        module=data.get("module", ""),
     )
+
+
+def _labels(data: Mapping[str, Any]) -> dict[str, str]:
+    labels = data.get("labels", {})
+    if not isinstance(labels, Mapping) or not all(isinstance(label, str) for label in labels.values()):
+        raise GraphError("graph: labels must be an object of strings")
+    return dict(labels)
 
 
 def _parse(text: str | bytes) -> Mapping[str, Any]:
@@ -289,8 +308,8 @@ def _verify_op(op: Op) -> None:
         raise GraphError(f"{where}: transient_bytes must be a whole number >= 0, got {op.transient_bytes!r}")
     if not isinstance(op.recomputable, bool):
         raise GraphError(f"{where}: recomputable must be true or false, got {op.recomputable!r}")
-    if not isinstance(op.target, str) or not isinstance(op.source, str):
-        raise GraphError(f"{where}: target and source must be strings")
+    if not all(isinstance(text, str) for text in (op.target, op.source, op.module)):
+        raise GraphError(f"{where}: target, source and module must be strings")
 
 
 def _verify_ops(graph: TrainingGraph) -> None:

@@ -142,7 +142,12 @@ def _prepare(
     captured = capture(model, forward, inputs, split_recurrences=split_recurrences)
     kernels = group_captured(captured)
     captured_at = time.perf_counter()
-    graph = lower(kernels, _costs(kernels))
+    graph = lower(
+        kernels,
+        _costs(kernels),
+        module_names={module: name for name, module in model.named_modules()},
+        primal_names=captured.primal_names(),
+    )
     costed_at = time.perf_counter()
     _log.info(
         "captured %d ops in %.2f s, measured their costs in %.2f s",

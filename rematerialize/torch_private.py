@@ -160,8 +160,9 @@ def _plain_checks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recorded_sources() -> Iterator[None]:
-    """Note on each forward node the user's line that asked for it (``meta["source"]``), and whether it is what
-    functionalization made of an in-place op (``meta["in_place"]``).
+    """Note on each forward node the user's line that asked for it (``meta["source"]``), the innermost module that it
+    was called in (``meta["module"]``), and whether it is what functionalization made of an in-place op
+    (``meta["in_place"]``).
 
     torch can record whole stack traces, at a millisecond per node; one walk over the frames costs microseconds.
     """
@@ -169,9 +170,11 @@ def _recorded_sources() -> Iterator[None]:
 
     def noted(self: PythonKeyTracer, *args: Any, **kwargs: Any) -> fx.Node:
         node = create_node(self, *args, **kwargs)
-        source = user_line()
+        source, module = user_place()
         if source:
             node.meta["source"] = source
+        if module is not None:
+            node.meta["module"] = module
         name = getattr(getattr(node.target, "_schema", None), "name", "")
         if name and _functionalized_op() == f"{name}_":
             node.meta["in_place"] = True
@@ -235,18 +238,30 @@ _TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 _NOBODYS = (_TORCH_FOLDER, os.path.dirname(__file__) + os.sep, contextlib.__file__)
 
 
+_CALL_OF_A_MODULE = nn.Module._call_impl.__code__
+
+
 def user_line() -> str:
     """The innermost "file.py:12" outside torch between here and the traced function; "" outside it."""
-    found = ""
-    frame = sys._getframe(2)
+    return user_place()[0]
+
+
+def user_place() -> tuple[str, nn.Module | None]:
+    """The innermost "file.py:12" outside torch, and the innermost module being called, between here and the traced
+    function; "" and None outside it.
+    """
+    found, module = "", None
+    frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code is _FlatModule.forward.__code__:
-            return found
+            return found, module
         if not found and not code.co_filename.startswith(_NOBODYS):
             found = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
+        if module is None and code is _CALL_OF_A_MODULE:
+            module = frame.f_locals["self"]
         frame = frame.f_back  # type: ignore[assignment]
-    return ""
+    return "", None
 
 
 class _FlatModule(nn.Module):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from rematerialize.capture.kernels import Kernel, KernelGraph
+from rematerialize.capture.origins import Places, labels
 from rematerialize.ir import Op, TrainingGraph
 
 _CUDA_BLOCK = 512  # bytes: the caching allocator rounds every block up to a multiple
@@ -31,7 +34,13 @@ class KernelCost:
     output_bytes: Mapping[int, int] = field(default_factory=dict)
 
 
-def lower(graph: KernelGraph, costs: Mapping[str, KernelCost]) -> TrainingGraph:
+def lower(
+    graph: KernelGraph,
+    costs: Mapping[str, KernelCost],
+    *,
+    module_names: Mapping[nn.Module, str] | None = None,
+    primal_names: Sequence[str] = (),
+) -> TrainingGraph:
     """Build the training graph.
 
     Parameters
@@ -39,6 +48,10 @@ def lower(graph: KernelGraph, costs: Mapping[str, KernelCost]) -> TrainingGraph:
     graph : KernelGraph
     costs : mapping of str to KernelCost
         By kernel name; kernels that it lacks are free (saving a generator state).
+    module_names : mapping of Module to str, optional
+        Qualified names, for the ops' ``module``.
+    primal_names : sequence of str
+        What people call the primals, for the labels.
 
     Returns
     -------
@@ -46,12 +59,13 @@ def lower(graph: KernelGraph, costs: Mapping[str, KernelCost]) -> TrainingGraph:
         Verified. Storages of parameters, buffers, inputs and constants are resident.
     """
     sizes = dict(graph.size_bytes)
+    joint = graph.normal.joint
+    places = Places(joint.graph, module_names or {})
     ops = []
     for kernel in graph.kernels:
         cost = costs.get(kernel.name, KernelCost(0.0))
         _correct_sizes(kernel, cost, sizes)
-        ops.append(_op(kernel, cost, sizes))
-    joint = graph.normal.joint
+        ops.append(_op(kernel, cost, sizes, places))
     block = _CUDA_BLOCK if any(n.meta["val"].device.type == "cuda" for n in joint.primals) else 1
     fixed = [n for n in joint.graph.nodes if n.op in ("placeholder", "get_attr")]
     tangents = graph.storages([node for node, _ in joint.tangents])
@@ -66,6 +80,7 @@ def lower(graph: KernelGraph, costs: Mapping[str, KernelCost]) -> TrainingGraph:
         tangents=tuple(tangents),
         outputs=tuple(name for name in (*outputs, *graph.tokens_out) if name not in resident),
         gradients=tuple(gradients),
+        labels={name: label for name, label in labels(graph, primal_names).items() if name in mentioned},
     )
     training.verify()
     return training
@@ -78,10 +93,10 @@ def _correct_sizes(kernel: Kernel, cost: KernelCost, sizes: dict[str, int]) -> N
                 sizes[name] = size
 
 
-def _op(kernel: Kernel, cost: KernelCost, sizes: Mapping[str, int]) -> Op:
+def _op(kernel: Kernel, cost: KernelCost, sizes: Mapping[str, int], places: Places) -> Op:
     without_calls = "rng_state" if kernel.rng_device else "autograd"
     target = " ".join(_target_name(node.target) for node, _ in kernel.calls) or without_calls
-    source = kernel.head.meta.get("source", "") if kernel.calls else ""
+    source, module = places.of(kernel.head) if kernel.calls else ("", "")
     return Op(
         name=kernel.name,
         phase="forward" if kernel.phase == "forward" else "backward",
@@ -93,6 +108,7 @@ def _op(kernel: Kernel, cost: KernelCost, sizes: Mapping[str, int]) -> Op:
         recomputable=kernel.phase == "forward" and not kernel.once,
         target=target,
         source=source,
+        module=module,
     )
 
 

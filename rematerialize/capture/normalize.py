@@ -66,7 +66,7 @@ def normalize(joint: private.JointTrace) -> NormalGraph:
 
 
 def _tag_like(node: fx.Node, like: fx.Node, value: Any) -> fx.Node:
-    node.meta.update({k: like.meta[k] for k in ("partitioner_tag", "source", "seq_nr") if k in like.meta})
+    node.meta.update({k: like.meta[k] for k in ("partitioner_tag", "source", "module", "seq_nr") if k in like.meta})
     node.meta["val"] = value
     return node
 
@@ -222,6 +222,7 @@ def _write_mutations(
             anchor = joint.graph.call_function(aten.copy_.default, (primal, value))
         anchor.meta["val"] = primal.meta["val"]
         anchor.meta["source"] = value.meta.get("source", "")
+        anchor.meta["module"] = value.meta.get("module")
         written[anchor] = (primal,)
 
 

@@ -86,6 +86,11 @@ class CapturedStep:
     output_spec: private.TreeSpec
     splittable: bool = False
 
+    def primal_names(self) -> list[str]:
+        """What people call the primals: qualified names, then "input 0" and so on."""
+        inputs = len(self.joint.primals) - len(self.slots)
+        return [slot.name for slot in self.slots] + [f"input {i}" for i in range(inputs)]
+
     def pack_outputs(self, tensors: Sequence[Tensor]) -> Any:
         leaves = [tensors[leaf.index] if isinstance(leaf, _Hole) else leaf for leaf in self.output_leaves]
         return private.tree_unflatten(leaves, self.output_spec)
