@@ -52,10 +52,12 @@ class SimulationResult:
 
 
 @dataclass(slots=True)
-class _Instance:
+class Instance:
+    """One computation of a storage: live from position ``birth`` to position ``death``, both inclusive."""
+
     storage: str
     birth: int
-    death: int  # inclusive
+    death: int
 
 
 def simulate(graph: TrainingGraph, forward: Sequence[str], backward: Sequence[str]) -> SimulationResult:
@@ -104,6 +106,17 @@ def simulate(graph: TrainingGraph, forward: Sequence[str], backward: Sequence[st
     )
 
 
+def lifetimes(graph: TrainingGraph, forward: Sequence[str], backward: Sequence[str]) -> tuple[Instance, ...]:
+    """Every instance of a storage that a valid schedule makes, tangents among them, ordered by birth.
+
+    Positions count executed ops, the forward's first. Raises ScheduleError as `simulate` does.
+    """
+    ops = {op.name: op for op in graph.ops}
+    _check_counts(graph, ops, forward, backward)
+    executed = [ops[name] for name in (*forward, *backward)]
+    return tuple(sorted(_trace(graph, executed, len(forward)), key=lambda instance: instance.birth))
+
+
 def _check_counts(graph: TrainingGraph, ops: dict[str, Op], forward: Sequence[str], backward: Sequence[str]) -> None:
     once: set[str] = set()
     for phase, names in (("forward", forward), ("backward", backward)):
@@ -125,17 +138,17 @@ def _check_counts(graph: TrainingGraph, ops: dict[str, Op], forward: Sequence[st
             raise ScheduleError(f"backward op {op.name!r} is missing")
 
 
-def _trace(graph: TrainingGraph, executed: Sequence[Op], start: int) -> list[_Instance]:
+def _trace(graph: TrainingGraph, executed: Sequence[Op], start: int) -> list[Instance]:
     """Return every instance with its first and last position (inclusive)."""
-    instances: list[_Instance] = []
-    newest: dict[str, _Instance] = {}
-    held: dict[str, _Instance] = {}
+    instances: list[Instance] = []
+    newest: dict[str, Instance] = {}
+    held: dict[str, Instance] = {}
     last = len(executed) - 1
     for position, op in enumerate([*executed, None]):
         if position == start:
             held = _outputs_of_the_forward(graph, newest)
             for name in graph.tangents:
-                newest[name] = _Instance(name, start, -1)
+                newest[name] = Instance(name, start, -1)
         if op is None:
             break
         for name in op.inputs:
@@ -144,7 +157,7 @@ def _trace(graph: TrainingGraph, executed: Sequence[Op], start: int) -> list[_In
             elif name not in graph.resident:
                 raise ScheduleError(f"op {op.name!r}: its input {name!r} is not live")
         for name in op.outputs:
-            newest[name] = _Instance(name, position, position)
+            newest[name] = Instance(name, position, position)
             instances.append(newest[name])
     instances += [newest[name] for name in graph.tangents if name in newest]
     for name in graph.gradients:
@@ -157,7 +170,7 @@ def _trace(graph: TrainingGraph, executed: Sequence[Op], start: int) -> list[_In
     return [i for i in instances if i.death >= i.birth]
 
 
-def _outputs_of_the_forward(graph: TrainingGraph, newest: dict[str, _Instance]) -> dict[str, _Instance]:
+def _outputs_of_the_forward(graph: TrainingGraph, newest: dict[str, Instance]) -> dict[str, Instance]:
     for name in graph.outputs:
         if name not in newest and name not in graph.resident:
             raise ScheduleError(f"output {name!r} is not computed in the forward")

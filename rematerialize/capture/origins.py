@@ -50,9 +50,10 @@ def labels(graph: KernelGraph, primal_names: Sequence[str]) -> dict[str, str]:
     for node, name in zip(joint.primals, primal_names, strict=False):
         for storage in graph.storages([node]):
             found.setdefault(storage, f"{name} {layout(node.meta['val'])}")
-    for node, name in zip(joint.gradients, primal_names, strict=False):
-        for storage in graph.storages([node]) if node is not None else ():
-            found.setdefault(storage, f"gradient of {name} {layout(node.meta['val'])}")  # type: ignore[union-attr]
+    for gradient, name in zip(joint.gradients, primal_names, strict=False):
+        if gradient is not None:
+            for storage in graph.storages([gradient]):
+                found.setdefault(storage, f"gradient of {name} {layout(gradient.meta['val'])}")
     for node in joint.graph.nodes:
         names = graph.storage_of.get(node, ())
         if names and not found.keys() >= set(names):

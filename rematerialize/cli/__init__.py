@@ -1,0 +1,15 @@
+"""The command line: data on stdout, progress on stderr, one-line errors, distinct exit codes.
+
+Exit codes: 0 done, 1 our own bug, 2 usage or a bad file, 3 nothing fits the budget (JSON on stdout gives
+``minimum_bytes``), 4 a verified step is not eager's, 5 the model's step can't be captured, 130 interrupted,
+141 the reader went away.
+
+One file per group of commands; none imports torch, and what needs torch is imported by a command only once its
+arguments are known to be good.
+"""
+
+from __future__ import annotations
+
+from rematerialize.cli.app import main
+
+__all__ = ["main"]

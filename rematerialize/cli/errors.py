@@ -1,0 +1,84 @@
+"""Exceptions to one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
+import typer
+
+from rematerialize.errors import BudgetError, CaptureError, RematerializeError
+
+MISMATCH = 4
+
+
+class UsageError(Exception):
+    """What the caller typed, or the target that it names, is wrong."""
+
+
+@contextlib.contextmanager
+def blame(who: str, *, debug: bool) -> Iterator[None]:
+    """Turn an exception of the user's code into one line that says whose it is and where it rose."""
+    try:
+        yield
+    except (UsageError, RematerializeError):
+        raise
+    except (Exception, SystemExit) as error:
+        if debug:
+            raise
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        theirs = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename[0] != "<"]
+        where = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
+        raise UsageError(f"{who} raised {type(error).__name__}: {error}{where}") from error
+
+
+@contextlib.contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """Print the one line that an error deserves and exit with its code; with ``debug``, let it pass."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except BrokenPipeError:
+        raise typer.Exit(reader_went_away()) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(interrupted()) from None
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, BudgetError):
+            print(json.dumps({"error": "budget", "message": str(error), "minimum_bytes": error.minimum_bytes}))
+        raise typer.Exit(_explain(error)) from None
+
+
+def _explain(error: Exception) -> int:
+    code = 2
+    message = str(error)
+    if isinstance(error, BudgetError):
+        code = 3
+    elif isinstance(error, CaptureError):
+        code = 5
+    elif isinstance(error, OSError):
+        message = f"{error.filename}: {error.strerror}" if error.filename else message
+    elif not isinstance(error, (RematerializeError, UsageError)):
+        code = 1
+        message = f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where)"
+    print(f"rematerialize: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def reader_went_away() -> int:
+    """The exit code for a closed pipe."""
+    # What is still buffered can't be written; without this, Python complains at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+
+def interrupted() -> int:
+    """The exit code for Ctrl-C."""
+    print("rematerialize: interrupted", file=sys.stderr)
+    return 130

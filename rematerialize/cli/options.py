@@ -1,0 +1,59 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rematerialize.cli.errors import UsageError
+from rematerialize.units import parse_budget
+
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="What to train: pkg.mod:factory, path/to/file.py:factory, hf:config.json or zoo:NAME. "
+        "A factory returns a model, or (model, example inputs).",
+    ),
+]
+SpecOption = Annotated[
+    list[str] | None,
+    typer.Option("--input", "-i", metavar="SPEC", help="An example input: input_ids=int64[8,2048]. May be repeated."),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="SIZE", help="Peak of all that a step holds: 8GiB, 80% of the device, auto."),
+]
+ActivationBudgetOption = Annotated[
+    str | None,
+    typer.Option("--activation-budget", metavar="SIZE", help="Peak of what a step allocates: 512MiB, 30%."),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help='cpu, cuda, or one of a table, "NVIDIA H100 80GB": then costs are computed, not measured.',
+    ),
+]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="Default type: bfloat16, float32.")]
+OptimizerOption = Annotated[
+    str | None, typer.Option("--optimizer", metavar="NAME", help="Count the state of adamw, sgd and so on.")
+]
+ReserveOption = Annotated[str, typer.Option("--reserve", metavar="SIZE", help="Kept free for what no plan sees.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", metavar="PATH", help="Write the result here.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what -o names.")]
+
+
+def check_budgets(budget: str | None, activation_budget: str | None, *, required: bool = True) -> None:
+    """Refuse what can't be a budget before anything slow is imported."""
+    if budget is not None and activation_budget is not None:
+        raise UsageError("expected one of --budget and --activation-budget, got both; give one of them")
+    if required and budget is None and activation_budget is None:
+        raise UsageError("expected one of --budget and --activation-budget, got none; give one of them")
+    if budget is not None:
+        parse_budget(budget, name="--budget", allow_auto=True)
+    if activation_budget is not None:
+        parse_budget(activation_budget, name="--activation-budget")
