@@ -8,25 +8,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rematerialize.budget import BudgetRequest, read_budget
+from rematerialize.budget import BudgetRequest, free_bytes, read_budget
 from rematerialize.capture import FlatInputs
 from rematerialize.errors import BudgetError, RematerializeError
 from rematerialize.plans import Plan, below_minimum
 from rematerialize.prepare import (
     PreparedStep,
+    PrepareOptions,
     bind_inputs,
     check_model,
+    home_of,
     matching_variant,
     prepare,
+    prepare_example,
 )
 from rematerialize.runtime import TrainingStep
 from rematerialize.signature import signature
 from rematerialize.wrapper import RematerializedForward
+
+Progress = Callable[[str, int, int], None]
 
 __all__ = ["Plan", "frontier", "plan", "unwrap", "wrap"]
 
@@ -42,6 +48,8 @@ def plan(
     device: str | None = None,
     solver: str = "auto",
     time_limit_s: float | None = None,
+    cost_cache: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Plan one training step under a memory budget, without running or changing anything.
 
@@ -63,11 +71,16 @@ def plan(
     optimizer : torch.optim.Optimizer or str, optional
         Count its state under ``budget``; a name such as "adamw" means its default options.
     device : str, optional
-        Where the model is expected to be.
+        Where the model is expected to be ("cpu", "cuda"), or a device of ``rematerialize.cost.DEVICES`` such as
+        "NVIDIA H100 80GB": then costs are computed, and nothing is run.
     solver : str
         A name from ``rematerialize.solve.solvers()``, or "auto" for all of them.
     time_limit_s : float, optional
         Safety limit on the search.
+    cost_cache : str or Path, optional
+        A folder in which measured costs are kept for other processes.
+    progress : callable, optional
+        Called as ``progress(stage, done, total)``; stages are "capture", "costs" and "solve".
 
     Returns
     -------
@@ -83,11 +96,21 @@ def plan(
     UnitError, RematerializeError
         For arguments that can't be read or used.
     """
-    checked = check_model(model, device)
-    request = read_budget(budget, activation_budget, reserve, optimizer, checked)
-    inputs = bind_inputs(checked.forward, example_inputs)
-    prepared = prepare(checked, checked.forward, inputs, solver=solver, time_limit_s=time_limit_s)
-    return choose(checked, prepared, request)
+    tell = progress or (lambda stage, done, total: None)
+    request = read_budget(budget, activation_budget, reserve, optimizer, check_model(model))
+    prepared = prepare_example(
+        model,
+        example_inputs,
+        device=device,
+        solver=solver,
+        time_limit_s=time_limit_s,
+        cost_cache=cost_cache,
+        progress=progress,
+    )
+    tell("solve", 0, 1)
+    made = choose(model, prepared, request)
+    tell("solve", 1, 1)
+    return made
 
 
 def choose(model: nn.Module, prepared: PreparedStep, request: BudgetRequest) -> Plan:
@@ -95,8 +118,10 @@ def choose(model: nn.Module, prepared: PreparedStep, request: BudgetRequest) -> 
     start = time.perf_counter()
     store_all = prepared.planner.store_all()
     minimum = prepared.minimum()
-    device = _device(model)
-    asked = request.activation_bytes(store_all.peak_bytes, prepared.resident_bytes, device)
+    whole = prepared.device_bytes
+    if request.is_auto and not prepared.analytic:
+        whole = free_bytes(home_of(model)) + prepared.resident_bytes
+    asked = request.activation_bytes(store_all.peak_bytes, prepared.resident_bytes, whole)
     try:
         variant, schedule = prepared.solve(asked)
     except BudgetError:
@@ -117,18 +142,16 @@ def choose(model: nn.Module, prepared: PreparedStep, request: BudgetRequest) -> 
     )
 
 
-def _device(model: nn.Module) -> torch.device:
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
-
-
 def frontier(
     model: nn.Module,
     example_inputs: tuple[Any, ...] | dict[str, Any],
     *,
     points: int = 12,
+    device: str | None = None,
     solver: str = "auto",
     time_limit_s: float | None = None,
+    cost_cache: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Plan, ...]:
     """Plans from store-all's peak down to the smallest budget: the budget / overhead curve.
 
@@ -141,16 +164,25 @@ def frontier(
     """
     if not isinstance(points, int) or isinstance(points, bool) or points < 2:
         raise RematerializeError(f"points must be an int of at least 2, got {points!r}")
-    checked = check_model(model)
-    inputs = bind_inputs(checked.forward, example_inputs)
-    prepared = prepare(checked, checked.forward, inputs, solver=solver, time_limit_s=time_limit_s)
+    prepared = prepare_example(
+        model,
+        example_inputs,
+        device=device,
+        solver=solver,
+        time_limit_s=time_limit_s,
+        cost_cache=cost_cache,
+        progress=progress,
+    )
+    tell = progress or (lambda stage, done, total: None)
     high, low = prepared.planner.store_all().peak_bytes, prepared.minimum()
     found: list[Plan] = []
     for rank in range(points):
         budget_bytes = high - (high - low) * rank // (points - 1)
-        made = choose(checked, prepared, read_budget(None, budget_bytes))
+        tell("solve", rank, points)
+        made = choose(model, prepared, read_budget(None, budget_bytes))
         if not found or made.peak_bytes < found[-1].peak_bytes:
             found.append(made)
+    tell("solve", points, points)
     return tuple(found)
 
 
@@ -229,7 +261,7 @@ class _planned:
     def __call__(self, model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs) -> tuple[Plan, TrainingStep]:
         prepared, held = self.prepared, self.held_bytes(model, inputs)
         if prepared is None or prepared.model is not model or prepared.key != signature(model, inputs):
-            prepared = prepare(model, forward, inputs, solver=self.solver, time_limit_s=self.time_limit_s)
+            prepared = prepare(model, forward, inputs, PrepareOptions(self.solver, self.time_limit_s))
             self.prepared, self.held_then = prepared, held
         if self.given is not None:
             return self.given, matching_variant(prepared, self.given.graph).build(self.given.schedule)

@@ -25,14 +25,24 @@ class BudgetRequest:
     activation_budget: Budget | None
     reserve_bytes: int = 0
 
-    def activation_bytes(self, store_all_bytes: int, resident_bytes: int, device: torch.device) -> int:
-        """The budget in the activation scope; at most 0 when residents alone exceed it."""
+    def activation_bytes(self, store_all_bytes: int, resident_bytes: int, whole_bytes: int) -> int:
+        """The budget in the activation scope; at most 0 when residents alone exceed it.
+
+        Parameters
+        ----------
+        store_all_bytes, resident_bytes : int
+        whole_bytes : int
+            The device's memory, of which the budget may be a share.
+        """
         if self.activation_budget is not None:
             return self.activation_budget.resolve(store_all_bytes)
         assert self.budget is not None
-        asked = self.budget
-        whole = _free_bytes(device) + resident_bytes if asked.is_auto else device_bytes(device)
-        return asked.resolve(whole) - resident_bytes - self.reserve_bytes
+        return self.budget.resolve(whole_bytes) - resident_bytes - self.reserve_bytes
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the budget is what is free."""
+        return self.budget is not None and self.budget.is_auto
 
 
 def read_budget(
@@ -69,7 +79,7 @@ def device_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """What is free now, less a twentieth for fragmentation and for what other libraries take."""
     if device.type == "cuda":
         free = int(torch.cuda.mem_get_info(device)[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,56 +20,120 @@ from rematerialize.capture.aliasing import tensors_of
 from rematerialize.capture.inplace import call_in_place
 from rematerialize.capture.kernels import Kernel
 from rematerialize.capture.lower import KernelCost
+from rematerialize.cost_cache import CostCache, MeasuredCost, digest
 
 # Blocks of these odd sizes, allocated between kernels, mark the borders in the stream of allocator events.
 _BORDER_BYTES = 4099
 _LEAST_RUNS = 3
+_CHUNK = 64  # kernels per run of the profiler: an interrupt loses at most these
 _BLOCK = 4096
 _TIMED_SECONDS_PER_KERNEL = 0.02
 _GUESSED_CALL_S, _GUESSED_S_PER_BYTE = 1e-5, 1e-9
 
 
 class CostModel:
-    """Measured costs, remembered by kernel signature for as long as this object lives."""
+    """Measured costs, remembered by kernel signature for as long as this object lives, and in a folder if given one.
 
-    def __init__(self, time_limit_s: float = 2.0) -> None:
+    Parameters
+    ----------
+    time_limit_s : float
+        For the warm runs of kernels that are new; the cheapest go first, the others keep the time of their first run.
+    cache : CostCache, optional
+        Read before measuring, written after, an interrupt included.
+    """
+
+    def __init__(self, time_limit_s: float = 2.0, cache: CostCache | None = None) -> None:
         self.time_limit_s = time_limit_s
-        self._known: dict[str, KernelCost] = {}
+        self.cache = cache
+        self._known: dict[str, MeasuredCost] = {}
+        self._unfinished: set[str] = set()  # what an interrupt or another process left with a cold time
 
-    def __call__(self, kernels: Iterable[Kernel]) -> dict[str, KernelCost]:
-        """Costs by kernel name. New kernels are run: each once for memory, some times for time."""
-        signatures = {kernel.name: _signature(kernel) for kernel in kernels if kernel.calls}
-        fresh: dict[str, Kernel] = {}
-        for kernel in kernels:
-            if kernel.calls and signatures[kernel.name] not in self._known:
-                fresh.setdefault(signatures[kernel.name], kernel)
-        with torch.no_grad(), private.disable_autocast(), _kept_generator_state(fresh.values()):
-            self._known.update(_measure(fresh, self.time_limit_s))
-        return {name: self._known[signature] for name, signature in signatures.items()}
+    def __call__(
+        self, kernels: Iterable[Kernel], progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, KernelCost]:
+        """Costs by kernel name. New kernels are run: each once for memory, some times for time.
+
+        Parameters
+        ----------
+        kernels : iterable of Kernel
+        progress : callable, optional
+            Called with how many of the new kernels are done, and how many there are.
+        """
+        named = {kernel.name: (_signature(kernel), kernel) for kernel in kernels if kernel.calls}
+        distinct = dict(reversed(named.values()))
+        self._read_cache(distinct)
+        fresh = {s: kernel for s, kernel in distinct.items() if s not in self._known or s in self._unfinished}
+        self._unfinished.update(fresh)
+        try:
+            with torch.no_grad(), private.disable_autocast(), _kept_generator_state(fresh.values()):
+                _measure(fresh, self._known, self.time_limit_s, progress or (lambda done, total: None))
+            self._unfinished.difference_update(fresh)
+        finally:
+            self._write_cache(fresh)
+        return {name: self._known[signature].cost for name, (signature, _) in named.items()}
+
+    def _read_cache(self, distinct: Iterable[str]) -> None:
+        """Take over what the file knows; cold times from it are worth another try."""
+        unknown = [signature for signature in distinct if signature not in self._known]
+        if self.cache is None or not unknown:
+            return
+        stored = self.cache.load()
+        for signature in unknown:
+            if (found := stored.get(digest(signature))) is not None:
+                self._known[signature] = found
+                if not found.warm:
+                    self._unfinished.add(signature)
+
+    def _write_cache(self, signatures: Iterable[str]) -> None:
+        if self.cache is not None:
+            known = {digest(s): self._known[s] for s in signatures if s in self._known}
+            if known:
+                self.cache.save(known)
 
 
-def _measure(fresh: dict[str, Kernel], time_limit_s: float) -> dict[str, KernelCost]:
-    memory: dict[str, _Memory] = {}
-    first_s: dict[str, float] = {}
-    devices = {device.type for kernel in fresh.values() for device in _devices(kernel)}
-    if devices <= {"cpu"}:
-        memory, first_s = _memory_by_events(fresh)
-    else:
-        for signature, kernel in fresh.items():
-            with _refusing_data():
-                memory[signature], first_s[signature] = _memory_by_statistics(kernel)
+def _measure(
+    fresh: dict[str, Kernel],
+    known: dict[str, MeasuredCost],
+    time_limit_s: float,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Measure into ``known``: first every kernel once, then warm runs until the time is over."""
+    if not fresh:
+        return
+    total = 2 * len(fresh)
+    _measure_memory(fresh, known, lambda done: progress(done, total))
     deadline = time.perf_counter() + time_limit_s
-    costs = {}
-    for signature, kernel in sorted(fresh.items(), key=lambda item: first_s.get(item[0], 0.0)):
-        if signature not in memory:
-            costs[signature] = _guess(kernel)
-            continue
-        measured = first_s[signature]
-        if time.perf_counter() < deadline:
-            measured = min(measured, _time(kernel, deadline))
-        found = memory[signature]
-        costs[signature] = KernelCost(measured, found.transient_bytes, found.output_bytes)
-    return costs
+    for at, signature in enumerate(sorted(fresh, key=lambda name: known[name].cost.time_s)):
+        progress(len(fresh) + at, total)
+        first = known[signature]
+        if not first.warm and time.perf_counter() < deadline:
+            measured = min(first.cost.time_s, _time(fresh[signature], deadline))
+            known[signature] = MeasuredCost(replace(first.cost, time_s=measured), warm=True)
+    progress(total, total)
+
+
+def _measure_memory(fresh: dict[str, Kernel], known: dict[str, MeasuredCost], progress: Callable[[int], None]) -> None:
+    """One run of every kernel: its workspace, its real sizes, and a first time."""
+    unknown = [signature for signature in fresh if signature not in known]
+    on_cpu = {device.type for kernel in fresh.values() for device in _devices(kernel)} <= {"cpu"}
+    for start in range(0, len(unknown), _CHUNK):
+        memory: dict[str, _Memory] = {}
+        first_s: dict[str, float] = {}
+        part = {signature: fresh[signature] for signature in unknown[start : start + _CHUNK]}
+        if on_cpu:
+            memory, first_s = _memory_by_events(part)
+        else:
+            for signature, kernel in part.items():
+                with _refusing_data():
+                    memory[signature], first_s[signature] = _memory_by_statistics(kernel)
+        for signature, kernel in part.items():
+            if signature in memory:
+                found = memory[signature]
+                cost = KernelCost(first_s[signature], found.transient_bytes, found.output_bytes)
+                known[signature] = MeasuredCost(cost, warm=False)
+            else:
+                known[signature] = MeasuredCost(_guess(kernel), warm=True)
+        progress(min(start + _CHUNK, len(unknown)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,17 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rematerialize.errors import BudgetError, GraphError, ScheduleError
 from rematerialize.ir import TrainingGraph
-from rematerialize.prepare import PreparedStep
 from rematerialize.report.table import plan_table
 from rematerialize.schedule import Schedule
 from rematerialize.simulate import simulate
 from rematerialize.units import format_bytes, format_percent, format_seconds
+
+if TYPE_CHECKING:
+    from rematerialize.prepare import PreparedStep
 
 _FORMAT = "rematerialize.plan/1"
 

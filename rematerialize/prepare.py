@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import logging
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rematerialize import torch_private as private
+from rematerialize.budget import device_bytes
 from rematerialize.capture import (
     CapturedStep,
     FlatInputs,
@@ -24,6 +28,8 @@ from rematerialize.capture import (
     normalize,
 )
 from rematerialize.capture.lower import KernelCost
+from rematerialize.cost import DEVICES, AnalyticCostModel, DeviceSpec
+from rematerialize.cost_cache import CostCache
 from rematerialize.emit import emit
 from rematerialize.errors import CaptureError, PlanMismatchError, RematerializeError
 from rematerialize.ir import TrainingGraph
@@ -46,6 +52,42 @@ def shared_costs() -> CostModel:
     return CostModel()
 
 
+@dataclass(frozen=True, slots=True)
+class PrepareOptions:
+    """How a step is costed and searched.
+
+    Attributes
+    ----------
+    solver : str
+    time_limit_s : float, optional
+        Safety limit on the search.
+    device : DeviceSpec, optional
+        Compute costs for this device instead of measuring them here.
+    costs : CostModel, optional
+        Instead of the process's own.
+    progress : callable, optional
+        Called with a stage ("capture", "costs"), how much of it is done, and how much there is.
+    """
+
+    solver: str = "auto"
+    time_limit_s: float | None = None
+    device: DeviceSpec | None = None
+    costs: CostModel | None = None
+    progress: Callable[[str, int, int], None] | None = None
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """Report progress."""
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+
+def home_of(model: nn.Module) -> torch.device:
+    """The device of a model's first tensor."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
 @dataclass(slots=True)
 class PreparedStep:
     """One training step of one model for one input signature: captured, costed, ready to plan.
@@ -61,6 +103,10 @@ class PreparedStep:
         Parameters, buffers, inputs, and gradients that exist already.
     capture_s, cost_s : float
         Seconds spent on tracing, and on measuring costs.
+    device_bytes : int
+        Memory of the device that the plan is for.
+    analytic : bool
+        Whether costs are computed, for a device that needn't be here, rather than measured.
     model, key
         What was captured, and the input signature for which.
     finer : PreparedStep, optional
@@ -74,6 +120,8 @@ class PreparedStep:
     resident_bytes: int
     capture_s: float
     cost_s: float
+    device_bytes: int
+    analytic: bool
     model: nn.Module
     key: Hashable
     finer: PreparedStep | None = None
@@ -119,15 +167,33 @@ def prepare(
     model: nn.Module,
     forward: Callable[..., Any],
     inputs: FlatInputs,
-    *,
-    solver: str = "auto",
-    time_limit_s: float | None = None,
+    options: PrepareOptions | None = None,
 ) -> PreparedStep:
     """Capture a step, measure its costs and set up its planner. Changes nothing that the user can see."""
-    whole = _prepare(model, forward, inputs, False, solver, time_limit_s)
+    options = options or PrepareOptions()
+    whole = _prepare(model, forward, inputs, False, options)
     if whole.captured.splittable:
-        whole.finer = _prepare(model, forward, inputs, True, solver, time_limit_s)
+        whole.finer = _prepare(model, forward, inputs, True, options)
     return whole
+
+
+def prepare_example(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    device: str | None = None,
+    solver: str = "auto",
+    time_limit_s: float | None = None,
+    cost_cache: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> PreparedStep:
+    """Check a model and its example inputs, then prepare the step; the arguments are those of ``api.plan``."""
+    spec = DEVICES.get(device) if device is not None else None
+    checked = check_model(model, None if spec else device)
+    inputs = bind_inputs(checked.forward, example_inputs)
+    costs = None if cost_cache is None else CostModel(cache=CostCache(Path(cost_cache)))
+    options = PrepareOptions(solver, time_limit_s, spec, costs, progress)
+    return prepare(checked, checked.forward, inputs, options)
 
 
 def _prepare(
@@ -135,16 +201,17 @@ def _prepare(
     forward: Callable[..., Any],
     inputs: FlatInputs,
     split_recurrences: bool,
-    solver: str,
-    time_limit_s: float | None,
+    options: PrepareOptions,
 ) -> PreparedStep:
     start = time.perf_counter()
+    options.tell("capture", 0, 1)
     captured = capture(model, forward, inputs, split_recurrences=split_recurrences)
     kernels = group_captured(captured)
     captured_at = time.perf_counter()
+    options.tell("capture", 1, 1)
     graph = lower(
         kernels,
-        _costs(kernels),
+        _costs(kernels, options),
         module_names={module: name for name, module in model.named_modules()},
         primal_names=captured.primal_names(),
     )
@@ -161,18 +228,23 @@ def _prepare(
         captured=captured,
         kernels=kernels,
         graph=graph,
-        planner=Planner(graph, solver=solver, time_limit_s=time_limit_s),
+        planner=Planner(graph, solver=options.solver, time_limit_s=options.time_limit_s),
         resident_bytes=_storage_bytes([*tensors, *gradients]),
         capture_s=captured_at - start,
         cost_s=costed_at - captured_at,
+        device_bytes=options.device.memory_bytes if options.device else device_bytes(home_of(model)),
+        analytic=options.device is not None,
         model=model,
         key=signature(model, inputs),
     )
 
 
-def _costs(kernels: KernelGraph) -> Mapping[str, KernelCost]:
+def _costs(kernels: KernelGraph, options: PrepareOptions) -> Mapping[str, KernelCost]:
+    if options.device is not None:
+        return AnalyticCostModel(options.device)(kernels.kernels)
     try:
-        return shared_costs()(kernels.kernels)
+        measured = options.costs or shared_costs()
+        return measured(kernels.kernels, lambda done, total: options.tell("costs", done, total))
     except torch.OutOfMemoryError as error:
         error.add_note(
             "This happened while rematerialize measured what the ops of a training step cost, one at a time: the "
@@ -201,9 +273,8 @@ def group_captured(captured: CapturedStep) -> KernelGraph:
 
 
 def _storage_bytes(tensors: list[Tensor]) -> int:
-    """Bytes of the distinct storages behind some tensors."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    """Bytes of the distinct storages behind some tensors, fake ones among them."""
+    return sum({private.storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def bind_inputs(forward: Callable[..., Any], example_inputs: Any) -> FlatInputs:
@@ -248,8 +319,19 @@ def check_model(model: object, device: str | None = None) -> nn.Module:
     if not model.training:
         raise RematerializeError("the model is in eval mode, where nothing is kept: call model.train() first")
     if device is not None:
-        _check_device(model, torch.device(device))
+        _check_device(model, _torch_device(device))
     return model
+
+
+def _torch_device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        close = difflib.get_close_matches(name, ["cpu", "cuda", *DEVICES], 1, 0.3)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise RematerializeError(
+            f"unknown device {name!r}: expected cpu, cuda, or one of {', '.join(DEVICES)}{hint}"
+        ) from None
 
 
 def _check_device(model: nn.Module, device: torch.device) -> None:

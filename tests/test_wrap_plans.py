@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import rematerialize as remat
-from rematerialize import budget as budget_module
+from rematerialize import api as api_module
+from rematerialize import prepare as prepare_module
 from tests.twins import assert_same_step, plans_of, step_of, store_all, twins
 
 pytestmark = pytest.mark.usefixtures("quick_costs")
@@ -218,8 +219,8 @@ def test_shares_round_down() -> None:
 
 
 def test_a_share_of_the_device_and_auto_are_in_the_budget_scope(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget_module, "device_bytes", lambda device: 2 * MIB)
-    monkeypatch.setattr(budget_module, "_free_bytes", lambda device: MIB)
+    monkeypatch.setattr(prepare_module, "device_bytes", lambda device: 2 * MIB)
+    monkeypatch.setattr(api_module, "free_bytes", lambda device: MIB)
     assert planned(budget="50%").budget_bytes == MIB - RESIDENT_BYTES
     assert planned(budget="auto").budget_bytes == MIB
     assert planned(budget="auto", reserve=1000).budget_bytes == MIB - 1000
