@@ -25,8 +25,11 @@ import numpy
 import torch
 
 import rematerialize
-from benchmarks import peers
-from benchmarks.harness import (
+from benchmarks.provenance import commit, device, today
+from benchmarks.records import OURS, Cell, Comparison, ModelResult
+from benchmarks.render import markdown
+from rematerialize import peers
+from rematerialize.harness import (
     PeakResult,
     Stepper,
     StepResult,
@@ -36,10 +39,8 @@ from benchmarks.harness import (
     run_step,
     time_interleaved,
 )
-from benchmarks.models import MODELS, ModelSpec, Scale
-from benchmarks.provenance import commit, device, today
-from benchmarks.records import OURS, Cell, Comparison, ModelResult
-from benchmarks.render import markdown
+from rematerialize.torch_private import forget_compiled
+from rematerialize.zoo import MODELS, ModelSpec, Scale
 
 RESULTS = Path(__file__).parent / "results"
 OUR_BUDGETS = ("100%", "70%", "50%", "30%", "minimum")
@@ -154,7 +155,7 @@ class Contest:
 
 def compare_model(spec: ModelSpec, options: Options) -> ModelResult:
     """Run every contestant on one model."""
-    torch._dynamo.reset()
+    forget_compiled()
     contest = Contest.begin(spec, options)
     captured: list[peers.Ours] = []
     _enter_ours(contest, captured, [(budget, budget) for budget in OUR_BUDGETS])

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 import rematerialize as remat
-from benchmarks.harness import (
+from rematerialize.harness import (
     Stepper,
     StepResult,
     compare_steps,
@@ -30,9 +30,9 @@ from benchmarks.harness import (
     run_step,
     time_interleaved,
 )
-from benchmarks.models import MODELS, ModelSpec, Scale
 from rematerialize.report.table import aligned_table
 from rematerialize.units import format_bytes, format_percent, format_seconds
+from rematerialize.zoo import MODELS, ModelSpec, Scale
 
 MODEL_NAMES = ("gpt", "unet")
 BUDGETS = ("100%", "70%", "50%", "30%", "minimum")

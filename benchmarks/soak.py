@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 import rematerialize as remat
-from benchmarks.harness import measure_peak
-from benchmarks.models import MODELS
 from benchmarks.provenance import Provenance, provenance
+from rematerialize.harness import measure_peak
 from rematerialize.units import format_bytes, format_percent
+from rematerialize.zoo import MODELS
 
 FILE = Path(__file__).resolve().parent / "results" / "soak.json"
 PACKAGES = ("rematerialize", "torch")

@@ -57,6 +57,7 @@ tree_flatten = pytree.tree_flatten
 tree_unflatten = pytree.tree_unflatten
 TreeSpec = pytree.TreeSpec
 fake_mode = FakeTensorMode
+DeviceType = torch._C._autograd.DeviceType  # what the profiler's events name devices by
 
 
 @dataclass(frozen=True, slots=True)
@@ -568,3 +569,52 @@ def outside_of_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
 
     run._torchdynamo_disable = True  # type: ignore[attr-defined]
     return run
+
+
+def min_cut_partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Torch's own partitioner, which reads ``activation_memory_budget``; loads the compiler."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
+    return forward, backward
+
+
+def backend_of_partitions(partition: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend for `torch.compile` that partitions and runs the two graphs as they are; loads the compiler."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    backend: Callable[..., Any] = aot_autograd(fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partition)
+    return backend
+
+
+@contextlib.contextmanager
+def compiling_under(budget: float, *, variants: int) -> Iterator[None]:
+    """Compile under torch's ``activation_memory_budget``, whole graphs, up to so many variants of one code."""
+    import torch._dynamo
+
+    with (
+        functorch_config.patch(activation_memory_budget=budget),
+        torch._dynamo.config.patch(
+            allow_rnn=True,
+            trace_autograd_ops=True,
+            recompile_limit=variants,
+            accumulated_recompile_limit=100 * variants,
+            automatic_dynamic_shapes=False,
+        ),
+    ):
+        yield
+
+
+def forget_compiled() -> None:
+    """Drop all that `torch.compile` has compiled in this process."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+
+
+def returns_new_tensors(target: object) -> bool:
+    """Is a graph node's target an op that runs a kernel, rather than a view or Python?"""
+    return isinstance(target, torch._ops.OpOverload) and not any(
+        result.alias_info is not None for result in target._schema.returns
+    )

@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from benchmarks.models import gpt
-from benchmarks.models.spec import Made
 from rematerialize.analytic import analytic_graph, on_fake_tensors
 from rematerialize.capture import KernelGraph, capture, flatten_inputs, group_kernels, normalize
 from rematerialize.cost import (
@@ -24,6 +22,8 @@ from rematerialize.cost import (
 )
 from rematerialize.errors import RematerializeError
 from rematerialize.ir import TrainingGraph
+from rematerialize.zoo import gpt
+from rematerialize.zoo.spec import Made
 from tests.zoo_small import SMALL, Loss
 
 CPU = device_spec("2-core CPU")

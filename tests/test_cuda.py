@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import rematerialize as remat
-from benchmarks.harness import Stepper, buffer_state, compare_steps, measure_step_peak, run_step
-from benchmarks.models import MODELS
+from rematerialize.harness import Stepper, buffer_state, compare_steps, measure_step_peak, run_step
+from rematerialize.zoo import MODELS
 
 pytestmark = [
     pytest.mark.cuda,

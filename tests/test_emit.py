@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from benchmarks.harness import measure_peak
 from rematerialize.capture.inplace import call_in_place
+from rematerialize.harness import measure_peak
 from rematerialize.prepare import PreparedStep, bind_inputs, prepare
 from rematerialize.schedule import Schedule
 from rematerialize.simulate import simulate

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import (
+from rematerialize.harness import (
     Stepper,
     buffer_state,
     compare_steps,
@@ -17,7 +17,7 @@ from benchmarks.harness import (
     run_step,
     time_interleaved,
 )
-from benchmarks.models import MODELS, ModelSpec
+from rematerialize.zoo import MODELS, ModelSpec
 
 KIB = 1024
 FIRST = [spec for spec in MODELS.values() if spec.group == "first"]

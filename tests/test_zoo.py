@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import rematerialize as remat
-from benchmarks.harness import (
+from rematerialize.harness import (
     Stepper,
     StepResult,
     buffer_state,
@@ -26,9 +26,8 @@ from benchmarks.harness import (
     run_step,
     weightless_loss,
 )
-from benchmarks.models import MODELS
-from benchmarks.models.extra import missing
-from benchmarks.peers import Ours
+from rematerialize.peers import Ours
+from rematerialize.zoo import MODELS
 
 BUDGETS = ("70%", "50%", "30%", "minimum")
 SEED = 5
@@ -171,7 +170,7 @@ def _peak_promises(case: Case, plan: remat.Plan, stepper: Stepper) -> Iterator[s
 
 
 def _marks(case: Case) -> list[pytest.MarkDecorator]:
-    absent = missing(case.name) if MODELS[case.name].group == "models" else ""
+    absent = MODELS[case.name].missing()
     marks = [pytest.mark.skipif(bool(absent), reason=f"{absent} isn't installed (extra: models)")]
     if str(case) in EXPECTED_FAILURES:
         marks.append(pytest.mark.xfail(reason=EXPECTED_FAILURES[str(case)]))

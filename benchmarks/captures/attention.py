@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.captures.case import Case, waves
-from benchmarks.models.spec import Made
+from rematerialize.zoo.spec import Made
 
 FAMILY = "Attention"
 WIDTH, HEADS, STEPS, BATCH = 32, 4, 16, 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from benchmarks.models.spec import Made, ModelSpec
+from rematerialize.zoo.spec import Made, ModelSpec
 
 
 def total(outputs: Any) -> Tensor:

@@ -12,8 +12,8 @@ from torch import nn
 import rematerialize as remat
 from benchmarks.captures.case import Case
 from benchmarks.captures.records import Result
-from benchmarks.harness import Stepper, StepResult, buffer_state, compare_steps, run_step
-from benchmarks.peers import Ours, one_line
+from rematerialize.harness import Stepper, StepResult, buffer_state, compare_steps, run_step
+from rematerialize.peers import Ours, one_line
 
 SEED = 5
 STEPS = 2

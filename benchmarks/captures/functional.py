@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 
 from benchmarks.captures.case import Case, waves
-from benchmarks.models.spec import Made
+from rematerialize.zoo.spec import Made
 
 WIDTH, ROWS = 16, 12
 

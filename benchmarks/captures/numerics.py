@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.ao import quantization
 
 from benchmarks.captures.case import Case, waves
-from benchmarks.models.spec import Made
+from rematerialize.zoo.spec import Made
 
 WIDTH = 16
 

@@ -79,7 +79,7 @@ def page(captures: Captures) -> str:
         "the lowest budget leave loss, gradients, buffers and generator states equal to eager's bit for bit, or up to",
         "rounding where the row says so. *Minimum* is the smallest activation budget over store-all's peak, at these",
         "sizes; *ops* is the length of the captured step. The cases are in `benchmarks/captures/`, the zoo in",
-        "`benchmarks/models/`.",
+        "`rematerialize/zoo/`.",
     ]
     for family in dict.fromkeys(result.family for result in captures.results):
         lines += ["", f"## {family}", "", *_table(r for r in captures.results if r.family == family)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from benchmarks.captures.case import Case, waves
-from benchmarks.models.spec import Made
+from rematerialize.zoo.spec import Made
 
 FAMILY = "Recurrence"
 WIDTH = 16

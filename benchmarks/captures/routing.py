@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.captures.case import Case, waves
-from benchmarks.models.spec import Made
+from rematerialize.zoo.spec import Made
 
 WIDTH, EXPERTS, TOKENS = 16, 4, 32
 NODES, EDGES = 24, 96

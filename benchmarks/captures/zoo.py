@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.captures.case import Case
-from benchmarks.models import MODELS
-from benchmarks.models.extra import missing
-from benchmarks.models.spec import Made, ModelSpec
+from rematerialize.zoo import MODELS
+from rematerialize.zoo.spec import Made, ModelSpec
 
 _GROUPED = "the captured attention with grouped keys and values rounds otherwise"
 ROUNDS = {
@@ -20,7 +19,7 @@ def _case(spec: ModelSpec) -> Case:
     def make() -> Made:
         return spec.make("test")
 
-    needs = "" if spec.group == "first" else missing(spec.name)
+    needs = spec.missing()
     return Case(spec.name, "Zoo", make, spec.loss_of, rounds=ROUNDS.get(spec.name, ""), needs=needs)
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import rematerialize as remat
 from benchmarks.fuzz.pieces import STATEFUL, Fuzzed, mean_square
 from benchmarks.fuzz.recipe import Recipe
-from benchmarks.harness import weightless_loss
 from rematerialize import torch_private as private
 from rematerialize.api import choose
 from rematerialize.budget import read_budget
 from rematerialize.errors import CaptureError
+from rematerialize.harness import weightless_loss
 from rematerialize.ir import TrainingGraph
 from rematerialize.plans import Plan
 from rematerialize.prepare import PreparedStep, PrepareOptions, bind_inputs, prepare, shared_costs

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import bert, cross_modal, densenet, gcn, gpt, lstm, pinn, resnet, unet
-from benchmarks.models.spec import Made
+from rematerialize.zoo import bert, cross_modal, densenet, gcn, gpt, lstm, pinn, resnet, unet
+from rematerialize.zoo.spec import Made
 
 Factory = Callable[[], Made]
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models.spec import Made, Runner, Scale, checkpointed, plain
+from rematerialize.zoo.runners import checkpointed, plain
+from rematerialize.zoo.spec import Made, Runner, Scale
 
 
 @dataclass(frozen=True, slots=True)

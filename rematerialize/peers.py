@@ -12,18 +12,18 @@ import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-import rematerialize as remat
-from benchmarks.harness import Stepper
-from benchmarks.models.spec import ModelSpec, Scale
-from rematerialize.api import choose
+from rematerialize import torch_private as private
+from rematerialize.api import Plan, choose, plan, unwrap, wrap
 from rematerialize.budget import read_budget
+from rematerialize.harness import Stepper
+from rematerialize.zoo.spec import ModelSpec, Scale
 
 TORCH_BUDGETS = (0.5, 0.2, 0.1, 0.0)
 _MANY_VARIANTS = 64  # every budget compiles the same code again; Dynamo's default limit is 8
@@ -75,37 +75,18 @@ class Partitions:
 
 def _kernel_names(graph: fx.Graph) -> set[str]:
     """Names of the calls that run a kernel, not of the views and tuple reads between them."""
-
-    def runs(node: fx.Node) -> bool:
-        target = node.target
-        return (
-            node.op == "call_function"
-            and isinstance(target, torch._ops.OpOverload)
-            and not any(arg.alias_info is not None for arg in target._schema.returns)
-        )
-
-    return {node.name for node in graph.nodes if runs(node)}
+    return {
+        node.name for node in graph.nodes if node.op == "call_function" and private.returns_new_tensors(node.target)
+    }
 
 
 def _partition(record: Partitions, joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-
-    forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
+    forward, backward = private.min_cut_partition(joint, inputs, **kwargs)
     first, second = _kernel_names(forward.graph), _kernel_names(backward.graph)
     record.graphs += 1
     record.forward_ops += len(first)
     record.recomputed_ops += len(first & second)
     return forward, backward
-
-
-def _backend(record: Partitions) -> Callable[..., Any]:
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._dynamo.backends.debugging import boxed_nop
-
-    backend: Callable[..., Any] = aot_autograd(
-        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=functools.partial(_partition, record)
-    )
-    return backend
 
 
 @contextlib.contextmanager
@@ -118,17 +99,9 @@ def _without_mkldnn() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _compiling(budget: float, *, mkldnn: bool) -> Iterator[None]:
-    functorch_config, dynamo_config = torch._functorch.config, torch._dynamo.config
     logging.getLogger("torch._functorch.partitioners").setLevel(logging.ERROR)
     with (
-        functorch_config.patch(activation_memory_budget=budget),
-        dynamo_config.patch(
-            allow_rnn=True,
-            trace_autograd_ops=True,
-            recompile_limit=_MANY_VARIANTS,
-            accumulated_recompile_limit=100 * _MANY_VARIANTS,
-            automatic_dynamic_shapes=False,
-        ),
+        private.compiling_under(budget, variants=_MANY_VARIANTS),
         contextlib.nullcontext() if mkldnn else _without_mkldnn(),
     ):
         yield
@@ -137,8 +110,8 @@ def _compiling(budget: float, *, mkldnn: bool) -> Iterator[None]:
 def _compiled(plain: Stepper, budget: float, *, whole_graph: bool, mkldnn: bool) -> Stepper:
     """Compile by doing two steps under the budget; the backward's graph is made in the first."""
     record = Partitions()
-    compiled = torch.compile(plain.module, backend=_backend(record), fullgraph=whole_graph, dynamic=False)
-
+    backend = private.backend_of_partitions(functools.partial(_partition, record))
+    compiled = torch.compile(plain.module, backend=backend, fullgraph=whole_graph, dynamic=False)
     stepper = replace(plain, call=compiled)
     with _compiling(budget, mkldnn=mkldnn):
         for _ in range(2):
@@ -185,9 +158,9 @@ class Ours:
     def __init__(self, spec: ModelSpec, scale: Scale, *, seed: int = 0) -> None:
         self.loss_of = spec.loss_of
         self.module, self.inputs = spec.build(scale, seed=seed)
-        self.store_all = remat.plan(self.module, self.inputs, activation_budget="100%")
+        self.store_all = plan(self.module, self.inputs, activation_budget="100%")
 
-    def plan(self, activation_budget: int | str) -> remat.Plan:
+    def plan(self, activation_budget: int | str) -> Plan:
         """Return the plan for a budget; "minimum" is the smallest that works."""
         prepared = self.store_all.prepared
         assert prepared is not None
@@ -195,11 +168,11 @@ class Ours:
         asked = self.store_all.minimum_bytes if minimum else activation_budget
         return choose(self.module, prepared, read_budget(None, asked))
 
-    def stepper(self, activation_budget: int | str | remat.Plan) -> Stepper:
+    def stepper(self, activation_budget: int | str | Plan) -> Stepper:
         """Return the step under a budget or a plan."""
         given = activation_budget
-        plan = given if isinstance(given, remat.Plan) else self.plan(given)
-        wrapped = remat.wrap(self.module, plan=plan, example_inputs=self.inputs)
+        made = given if isinstance(given, Plan) else self.plan(given)
+        wrapped = wrap(self.module, plan=made, example_inputs=self.inputs)
         planned_forward = wrapped.forward
-        remat.unwrap(self.module)
+        unwrap(self.module)
         return Stepper(self.module, self.inputs, self.loss_of, planned_forward)

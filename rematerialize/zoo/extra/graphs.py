@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models.spec import Made, Scale
+from rematerialize.zoo.spec import Made, Scale
 
 NODES = {"test": 256, "bench": 2048}
 DEGREE = 8

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models.spec import Made, Scale
+from rematerialize.zoo.spec import Made, Scale
 
 BATCH = {"test": 2, "bench": 8}
 PIXELS = 32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.models.spec import Made, Scale
+from rematerialize.zoo.spec import Made, Scale
 
 BATCH = {"test": 4, "bench": 16}
 PIXELS = 64

@@ -1,6 +1,6 @@
 """The independent measurement: peak, equality and time of a training step, whoever runs it.
 
-Nothing here imports the package that it judges. On CPU a peak is the largest running sum of the
+Nothing here imports what it judges: of the package, only names. On CPU a peak is the largest running sum of the
 allocator's own events, kernel workspace included; on CUDA it is what the caching allocator reports.
 """
 
@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils import _pytree as pytree
 
-from benchmarks.models.spec import Inputs, loss_is_output
+from rematerialize.torch_private import DeviceType, tree_flatten
+from rematerialize.zoo.spec import Inputs, loss_is_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +86,7 @@ class Comparison:
 
     @property
     def exact(self) -> bool:
+        """Whether nothing differs in any bit."""
         return self.loss_equal and self.gradients_equal and self.effects_equal
 
     @property
@@ -131,12 +131,13 @@ def weightless_loss(outputs: Any) -> Tensor:
     A loss outside of the model allocates what no plan of the model can see; this one shows the
     model's peak alone. Takes a tensor, or a container of tensors that torch knows or that is a dict.
     """
-    parts = list(outputs.values()) if isinstance(outputs, dict) else pytree.tree_leaves(outputs)
+    parts = list(outputs.values()) if isinstance(outputs, dict) else tree_flatten(outputs)[0]
     apply: Callable[..., Tensor] = _WeightlessLoss.apply
     return apply(*(part for part in parts if isinstance(part, Tensor) and part.requires_grad))
 
 
 def clear_gradients(module: nn.Module) -> None:
+    """Forget the gradients of all parameters."""
     for parameter in module.parameters():
         parameter.grad = None
 
@@ -186,10 +187,12 @@ def measure_step_peak(stepper: Stepper, *, seed: int = 0, device: str = "cpu") -
 
 
 def buffer_state(module: nn.Module) -> dict[str, Tensor]:
+    """Clone all buffers."""
     return {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
 
 
 def restore_buffers(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Write what `buffer_state` returned back in place."""
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             buffer.copy_(state[name])

@@ -1,4 +1,4 @@
-"""A GPT decoder with dropout: 12 layers with the loss inside, and a small one with it outside."""
+"""A GPT decoder with dropout: 12 layers with the loss inside, a small one with it outside, and a huge one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models.spec import Made, Runner, Scale, checkpointed, plain
+from rematerialize.zoo.runners import checkpointed, plain
+from rematerialize.zoo.spec import Made, Runner, Scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,10 @@ SMALL_CONFIGS = {
     "test": GPTConfig(layers=2, width=64, heads=4, tokens=64, batch=8, vocabulary=512),
     "bench": GPTConfig(layers=4, width=256, heads=8, tokens=256, batch=4, vocabulary=2048),
 }
+
+# Shoeybi et al., "Megatron-LM: training multi-billion parameter language models using model parallelism" (2019), table
+# 1, but for its dropout, which attention kernels of a CPU don't fuse.
+MEGATRON = GPTConfig(layers=72, width=3072, heads=24, tokens=1024, batch=8, vocabulary=51200, dropout=0.0)
 
 
 class Block(nn.Module):
@@ -105,6 +110,11 @@ def make(scale: Scale = "test") -> Made:
 
 def make_per_block(scale: Scale = "test") -> Made:
     return _build(CONFIGS[scale], checkpointed, loss_inside=True)
+
+
+def make_megatron(scale: Scale = "test") -> Made:
+    """Return 8.3 billion parameters, whatever the scale; call it under `analytic.on_fake_tensors`."""
+    return _build(MEGATRON, plain, loss_inside=True)
 
 
 def make_small(scale: Scale = "test") -> Made:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models.spec import Made, Scale
+from rematerialize.zoo.spec import Made, Scale
 
 LAYERS = {"test": 4, "bench": 8}
 WIDTH = {"test": 128, "bench": 256}

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models.spec import Made, Runner, Scale, checkpointed, plain
+from rematerialize.zoo.runners import checkpointed, plain
+from rematerialize.zoo.spec import Made, Runner, Scale
 
 
 @dataclass(frozen=True, slots=True)

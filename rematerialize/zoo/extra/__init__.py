@@ -1,0 +1,1 @@
+"""Real architectures of the `models` extra: built from tiny configurations, nothing downloaded."""
