@@ -21,6 +21,7 @@ from rematerialize.plans import Plan, below_minimum
 from rematerialize.prepare import (
     PreparedStep,
     PrepareOptions,
+    Progress,
     bind_inputs,
     check_model,
     home_of,
@@ -31,8 +32,6 @@ from rematerialize.prepare import (
 from rematerialize.runtime import TrainingStep
 from rematerialize.signature import signature
 from rematerialize.wrapper import RematerializedForward
-
-Progress = Callable[[str, int, int], None]
 
 __all__ = ["Plan", "frontier", "plan", "unwrap", "wrap"]
 

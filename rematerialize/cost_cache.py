@@ -104,6 +104,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def device_name(device: torch.device) -> str:
+    """What people call a device: the GPU's name, or the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+
+
 def _processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, fx
 
 from rematerialize import torch_private as private
+from rematerialize.capture.aliasing import tensors_of
 
 aten = torch.ops.aten
 
 _SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor})
+_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 
 
 def without_tangents(backward: fx.GraphModule, absent: Collection[int]) -> fx.GraphModule:
@@ -37,6 +39,17 @@ def without_tangents(backward: fx.GraphModule, absent: Collection[int]) -> fx.Gr
     fx.GraphModule
         Returns None for gradients that depend on absent tangents only.
     """
+    try:
+        return _without(backward, absent, follow_layouts=True)
+    except _Unfollowed:
+        return _without(backward, absent, follow_layouts=False)
+
+
+class _Unfollowed(Exception):
+    """A layout that changes reaches a call of which only the run can tell what it makes of it."""
+
+
+def _without(backward: fx.GraphModule, absent: Collection[int], *, follow_layouts: bool) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     results = graph.output(graph.graph_copy(backward.graph, copies))
@@ -45,6 +58,7 @@ def without_tangents(backward: fx.GraphModule, absent: Collection[int]) -> fx.Gr
     tangents = [node for node in graph.nodes if node.op == "placeholder" and "tangent" in node.meta]
     missing.update(node for node in tangents if node.meta["tangent"] in absent)
     carrying.update(tangents)
+    moved: set[fx.Node] = set()
     for node in list(graph.nodes):
         if node.op != "call_function" or carrying.isdisjoint(node.all_input_nodes):
             continue
@@ -52,19 +66,27 @@ def without_tangents(backward: fx.GraphModule, absent: Collection[int]) -> fx.Gr
         gone = [source for source in node.all_input_nodes if source in missing]
         if gone and missing.issuperset(source for source in node.all_input_nodes if source in carrying):
             missing.add(node)
-        elif gone and not _without_term(graph, node, missing):
+            continue
+        if gone and not _without_term(graph, node, missing, follow_layouts):
             for source in gone:
                 with graph.inserting_before(node):
                     zeros = graph.call_function(zeros_as, _layout(source.meta["val"]))
+                    zeros.meta["val"] = source.meta["val"]
                 node.replace_input_with(source, zeros)
+        if (gone or not moved.isdisjoint(node.all_input_nodes)) and _follow(graph, node):
+            moved.add(node)
     results.args = fx.node.map_arg(results.args, lambda node: None if node in missing else node)
     _drop_unread(graph)
     graph.set_codegen(private.BoxedCodeGen())
     return fx.GraphModule(backward, graph)
 
 
-def _without_term(graph: fx.Graph, node: fx.Node, missing: set[fx.Node]) -> bool:
-    """A sum of two becomes its other term: a copy of it, where the sum would have had a storage of its own."""
+def _without_term(graph: fx.Graph, node: fx.Node, missing: set[fx.Node], follow_layouts: bool) -> bool:
+    """A sum of two becomes its other term: a copy of it, where the sum would have had a storage of its own.
+
+    The term may be laid out otherwise than the sum. Eager's formulas go on with the term, and kernels add up in the
+    order of the layout, so its bits are had only by going on with the term's layout, too.
+    """
     if node.target not in _SUMS or len(node.args) != 2 or node.kwargs:
         return False
     first, second = node.args
@@ -72,12 +94,51 @@ def _without_term(graph: fx.Graph, node: fx.Node, missing: set[fx.Node]) -> bool
         return False
     term = second if first in missing else first
     if _layout(term.meta["val"]) != _layout(node.meta["val"]):
-        return False
+        same_kind = (term.meta["val"].shape, term.meta["val"].dtype) == (node.meta["val"].shape, node.meta["val"].dtype)
+        if not follow_layouts or not same_kind:
+            return False
     if term is first and node.target is aten.add_.Tensor:
         node.replace_all_uses_with(term)
         return True
     node.target, node.args = aten.clone.default, (term,)
     return True
+
+
+def _follow(graph: fx.Graph, node: fx.Node) -> bool:
+    """Compute the node's fake value from its inputs' present ones; return whether its layout is another now.
+
+    A view that its input's new layout doesn't allow is taken of a contiguous copy, as ``reshape`` does.
+    """
+    before = [_layout(value) for _, value in tensors_of(node.meta["val"])]
+    try:
+        value = _fake_result(node)
+    except RuntimeError:
+        if node.target not in _VIEWS:
+            raise _Unfollowed from None
+        with graph.inserting_before(node):
+            copy = graph.call_function(aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format})
+        copy.meta["val"] = _fake_result(copy)
+        node.replace_input_with(node.args[0], copy)  # type: ignore[arg-type]
+        value = _fake_result(node)
+    node.meta["val"] = value
+    return [_layout(made) for _, made in tensors_of(value)] != before
+
+
+def _fake_result(node: fx.Node) -> Any:
+    def fake(source: fx.Node) -> Any:
+        return source.meta["val"]
+
+    args = fx.node.map_arg(node.args, fake)
+    kwargs = fx.node.map_arg(node.kwargs, fake)
+    given = [value for source in node.all_input_nodes for _, value in tensors_of(source.meta["val"])]
+    mode = next((getattr(value, "fake_mode", None) for value in given), None)
+    if mode is None or not callable(node.target):
+        raise _Unfollowed
+    try:
+        with mode, torch.no_grad():
+            return node.target(*args, **kwargs)
+    except (TypeError, NotImplementedError):
+        raise _Unfollowed from None
 
 
 def _layout(value: Tensor) -> tuple[Any, ...]:

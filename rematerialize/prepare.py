@@ -29,7 +29,7 @@ from rematerialize.capture import (
 )
 from rematerialize.capture.lower import KernelCost
 from rematerialize.cost import DEVICES, AnalyticCostModel, DeviceSpec
-from rematerialize.cost_cache import CostCache
+from rematerialize.cost_cache import CostCache, device_name
 from rematerialize.emit import emit
 from rematerialize.errors import CaptureError, PlanMismatchError, RematerializeError
 from rematerialize.ir import TrainingGraph
@@ -39,6 +39,9 @@ from rematerialize.schedule import Schedule
 from rematerialize.signature import signature
 from rematerialize.simulate import simulate
 from rematerialize.solve import Planner
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage ("capture", "costs", "solve"), how much of it is done, and how much there is."""
 
 _log = logging.getLogger("rematerialize")
 
@@ -65,15 +68,14 @@ class PrepareOptions:
         Compute costs for this device instead of measuring them here.
     costs : CostModel, optional
         Instead of the process's own.
-    progress : callable, optional
-        Called with a stage ("capture", "costs"), how much of it is done, and how much there is.
+    progress : Progress, optional
     """
 
     solver: str = "auto"
     time_limit_s: float | None = None
     device: DeviceSpec | None = None
     costs: CostModel | None = None
-    progress: Callable[[str, int, int], None] | None = None
+    progress: Progress | None = None
 
     def tell(self, stage: str, done: int, total: int) -> None:
         """Report progress."""
@@ -107,6 +109,7 @@ class PreparedStep:
         Memory of the device that the plan is for.
     analytic : bool
         Whether costs are computed, for a device that needn't be here, rather than measured.
+    device_name : str
     model, key
         What was captured, and the input signature for which.
     finer : PreparedStep, optional
@@ -122,6 +125,7 @@ class PreparedStep:
     cost_s: float
     device_bytes: int
     analytic: bool
+    device_name: str
     model: nn.Module
     key: Hashable
     finer: PreparedStep | None = None
@@ -185,7 +189,7 @@ def prepare_example(
     solver: str = "auto",
     time_limit_s: float | None = None,
     cost_cache: str | Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PreparedStep:
     """Check a model and its example inputs, then prepare the step; the arguments are those of ``api.plan``."""
     spec = DEVICES.get(device) if device is not None else None
@@ -234,6 +238,7 @@ def _prepare(
         cost_s=costed_at - captured_at,
         device_bytes=options.device.memory_bytes if options.device else device_bytes(home_of(model)),
         analytic=options.device is not None,
+        device_name=options.device.name if options.device else device_name(home_of(model)),
         model=model,
         key=signature(model, inputs),
     )

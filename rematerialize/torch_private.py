@@ -236,7 +236,13 @@ def spied_default_generator(refuse: Callable[[], None]) -> Iterator[None]:
 
 
 _TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
-_NOBODYS = (_TORCH_FOLDER, os.path.dirname(__file__) + os.sep, contextlib.__file__)
+_OUR_FOLDER = os.path.dirname(__file__) + os.sep
+_OUR_MODELS = _OUR_FOLDER + "zoo" + os.sep
+
+
+def is_users(file: str) -> bool:
+    """Whether a source file is the user's, for messages: neither torch's nor ours; the zoo counts as theirs."""
+    return not file.startswith((_TORCH_FOLDER, _OUR_FOLDER, contextlib.__file__)) or file.startswith(_OUR_MODELS)
 
 
 _CALL_OF_A_MODULE = nn.Module._call_impl.__code__
@@ -257,7 +263,7 @@ def user_place() -> tuple[str, nn.Module | None]:
         code = frame.f_code
         if code is _FlatModule.forward.__code__:
             return found, module
-        if not found and not code.co_filename.startswith(_NOBODYS):
+        if not found and is_users(code.co_filename):
             found = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
         if module is None and code is _CALL_OF_A_MODULE:
             module = frame.f_locals["self"]

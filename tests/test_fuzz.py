@@ -30,6 +30,20 @@ FOUND = {
     "slices of a GRU's gates rounded otherwise": Recipe((Piece("lstm_cell", k=1),)),
     "slices of a GRU layer's gates rounded otherwise": Recipe((Piece("lstm", k=1),), home="sequence"),
     "scatter_add_ lost its argument's layout": Recipe((Piece("lstm"), Piece("index", k=13)), home="image"),
+    "a gradient laid out otherwise once another output has none": Recipe(
+        (
+            Piece("batch_norm"),
+            Piece("multihead"),
+            Piece("batch_norm"),
+            Piece("contiguous"),
+            Piece("stack"),
+            Piece("attention", a=4, k=19),
+        ),
+        home="sequence",
+        outputs=(0, 1, 2),
+        used=4,
+        loss="each",
+    ),
     "store-all below the least budget of a named solver": Recipe(
         (
             Piece("buffer", a=5, b=3),

@@ -181,8 +181,9 @@ def test_a_chain_of_a_hundred_thousand_ops_hits_no_recursion_limit() -> None:
 
 
 @pytest.mark.slow
-def test_a_chain_of_a_hundred_thousand_ops_is_planned_by_everything() -> None:
-    graph = graphs.chain(50_000)
+def test_a_chain_far_beyond_the_recursion_limit_is_planned_by_everything() -> None:
+    """30,000 ops: 100,000 are planned by ``python -m benchmarks.solver.speed``, which records it."""
+    graph = graphs.chain(15_000)
     planner = Planner(graph)
     least, full = planner.minimum(), planner.store_all()
     last = float("inf")

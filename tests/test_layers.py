@@ -43,6 +43,8 @@ LAYERS = {
     "api": 10,
     "__init__": 11,
     "peers": 11,
+    "trial": 11,
+    "profile": 12,
     "cli/": 13,
     "__main__": 14,
 }

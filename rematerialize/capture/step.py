@@ -370,10 +370,9 @@ def _user_frame(error: BaseException) -> str:
 
     Where the user's own line called a library, both are named.
     """
-    skipped = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
     seen: BaseException | None = error
     while seen is not None:
-        frames = [f for f in traceback.extract_tb(seen.__traceback__) if not f.filename.startswith(skipped)]
+        frames = [f for f in traceback.extract_tb(seen.__traceback__) if private.is_users(f.filename)]
         inside = [f for f in frames if f.name not in ("<module>",) and not f.filename.startswith("<")]
         if inside:
             own = [frame for frame in inside if not library_folder(frame.filename)]

@@ -1,0 +1,89 @@
+"""Predictions beside reality: run planned steps and eager's in turns, and measure peaks and times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rematerialize.api import unwrap, wrap
+from rematerialize.harness import (
+    Stepper,
+    buffer_state,
+    measure_step_peak,
+    restore_buffers,
+    time_interleaved,
+    weightless_loss,
+)
+from rematerialize.plans import Plan
+
+ROUNDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One real step, of the model as it is or under a plan.
+
+    Attributes
+    ----------
+    peak_bytes : int
+        Above what was resident when it began.
+    step_s : float
+        Median of some steps.
+    ratio : float
+        Median of its times over eager's, each pair in the same round.
+    """
+
+    peak_bytes: int
+    step_s: float
+    ratio: float
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put buffers, gradients and the default generators back to where they are now."""
+    buffers = buffer_state(model)
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            restore_buffers(model, buffers)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+
+def planned_forward(model: nn.Module, plan: Plan, example_inputs: Any) -> Callable[..., Any]:
+    """The forward that a model would have under a plan; the model keeps its own."""
+    forward: Callable[..., Any] = wrap(model, plan=plan, example_inputs=example_inputs).forward
+    unwrap(model)
+    return forward
+
+
+def try_plans(
+    model: nn.Module, example_inputs: Any, plans: Sequence[Plan], *, rounds: int = ROUNDS, seed: int = 0
+) -> tuple[Trial, tuple[Trial, ...]]:
+    """Run the model as it is and under each plan, in turns.
+
+    Every output gets a gradient, of a loss that takes no memory: what plans count on, and nothing else.
+
+    Returns
+    -------
+    (Trial, tuple of Trial)
+        Eager's, and one per plan.
+    """
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    eager = Stepper(model, example_inputs, weightless_loss)
+    steppers = [eager, *(replace(eager, call=planned_forward(model, plan, example_inputs)) for plan in plans)]
+    with undisturbed(model):
+        peaks = [measure_step_peak(stepper, seed=seed, device=str(device)).peak_bytes for stepper in steppers]
+        runs = {str(at): (lambda stepper=stepper: stepper.step(seed)) for at, stepper in enumerate(steppers)}
+        wait = torch.cuda.synchronize if device.type == "cuda" else None
+        times = time_interleaved(runs, reference="0", rounds=rounds, synchronize=wait)
+    trials = [Trial(peak, times[str(at)].median_s, times[str(at)].ratio) for at, peak in enumerate(peaks)]
+    return trials[0], tuple(trials[1:])
