@@ -80,3 +80,16 @@ def lane_of_each(timeline: Timeline) -> tuple[str, ...]:
             keys.append("dropped" if run.op.name in runs_again else "freed")
         runs_again.add(run.op.name)
     return tuple(reversed(keys))
+
+
+def held_to_the_end(timeline: Timeline) -> frozenset[int]:
+    """Indices of the instances that outlive the step: what the forward returned, and the gradients."""
+    newest: dict[str, int] = {}
+    returned: dict[str, int] = {}
+    for index, one in enumerate(timeline.instances):
+        newest[one.storage] = index
+        if one.birth < timeline.boundary:
+            returned[one.storage] = index
+    graph = timeline.graph
+    held = [*(returned.get(name) for name in graph.outputs), *(newest.get(name) for name in graph.gradients)]
+    return frozenset(index for index in held if index is not None)
