@@ -66,15 +66,15 @@ def edges(timeline: Timeline, area: Frame) -> list[float]:
     return [*(run.start_s for run in timeline.executions), timeline.time_s]
 
 
-def line(timeline: Timeline, area: Frame, *, columns: int = COLUMNS) -> list[tuple[float, float]]:
-    """The corners of the line of memory over the step.
+def corners(timeline: Timeline, area: Frame, *, columns: int = COLUMNS) -> list[tuple[float, int]]:
+    """The corners of the line of memory over the step, as (position on the x axis, bytes).
 
     Of the executions that begin within one of `columns` equal parts of the axis, the first, the least, the largest and
     the last remain, so that no peak is lost. At most 8 corners per column.
     """
     starts = edges(timeline, area)
     values = [run.live_bytes for run in timeline.executions]
-    corners: list[tuple[float, float]] = []
+    found: list[tuple[float, int]] = []
     for first, last in _columns(starts, area, columns):
         if last - first <= 4:
             kept = list(range(first, last))
@@ -83,22 +83,27 @@ def line(timeline: Timeline, area: Frame, *, columns: int = COLUMNS) -> list[tup
             low, high = min(inside, key=values.__getitem__), max(inside, key=values.__getitem__)
             kept = sorted({first, low, high, last - 1})
         for at in kept:
-            x, y = round(area.x(starts[at]), 2), round(area.y(values[at]), 1)
-            corners += [(x, corners[-1][1]), (x, y)] if corners else [(x, y)]
-    if corners:
-        corners.append((round(area.x(starts[-1]), 2), corners[-1][1]))
-    return corners
+            before = [(starts[at], found[-1][1])] if found else []
+            found += [*before, (starts[at], values[at])]
+    if found:
+        found.append((starts[-1], found[-1][1]))
+    return found
 
 
-def path(corners: Sequence[tuple[float, float]], *, closed: bool = False) -> str:
+def line(timeline: Timeline, area: Frame, *, columns: int = COLUMNS) -> list[tuple[float, float]]:
+    """The same corners as they are drawn."""
+    return [(round(area.x(x), 2), round(area.y(size), 1)) for x, size in corners(timeline, area, columns=columns)]
+
+
+def path(points: Sequence[tuple[float, float]], *, closed: bool = False) -> str:
     """A line of corners as the path of an SVG; closed, with the area down to the axis."""
-    if not corners:
+    if not points:
         return ""
-    steps = [f"M{corners[0][0]:g} {corners[0][1]:g}"]
-    for (x, y), (_, before) in zip(corners[1:], corners, strict=False):
+    steps = [f"M{points[0][0]:g} {points[0][1]:g}"]
+    for (x, y), (_, before) in zip(points[1:], points, strict=False):
         steps.append(f"V{y:g}" if y != before else f"H{x:g}")
     if closed:
-        steps.append(f"V{SIDE:g}H{corners[0][0]:g}Z")
+        steps.append(f"V{SIDE:g}H{points[0][0]:g}Z")
     return "".join(steps)
 
 

@@ -125,8 +125,9 @@ def _point(point: FrontierPoint, place: tuple[float, float], chosen: bool) -> st
     at = f"left:{x / 10:.2f}%;top:{y / 10:.2f}%"
     if not chosen:
         return f'<span class="point" style="{at}" title="{words}"></span>'
-    side = " late" if x > SIDE * 0.5 else ""
-    named = f'<span class="mark chosen-name{side}" style="{at}">this plan: {words}</span>'
+    late = x > SIDE * 0.66  # written to the right of the point, it would leave the drawing
+    beside = f"right:0;top:{y / 10:.2f}%" if late else at
+    named = f'<span class="mark chosen-name{" late" if late else ""}" style="{beside}">this plan: {words}</span>'
     return f'<span class="point chosen" style="{at}" title="{words}"></span>{named}'
 
 
