@@ -228,6 +228,18 @@ def test_a_step_without_times_is_drawn_over_its_executions() -> None:
     assert "executions" in page_of(graph, store_all_schedule(graph))
 
 
+def test_half_a_surrogate_pair_in_a_name_makes_a_page_that_can_be_written() -> None:
+    op = Op("f", "forward", 1.0, (), ("a",), module="half \ud800 pair", source="\udfff.py:1")
+    graph = TrainingGraph((op,), {"a": 8}, frozenset(), (), ("a",), ()).verify()
+    assert b"half ? pair" in page_of(graph, store_all_schedule(graph)).encode()
+
+
+@pytest.mark.parametrize("time_s", [5e-324, 1e-15, 1e290])
+def test_extreme_times_make_a_page(time_s: float) -> None:
+    graph = a_long_step(10, time_s)
+    assert Elements(page_of(graph, store_all_schedule(graph))).open == []
+
+
 def test_an_empty_step_makes_a_page() -> None:
     graph = TrainingGraph((), {}, frozenset(), (), (), ())
     page = html_report(graph, Schedule((), (), 0, "by hand", 0, 0.0, 0))

@@ -14,6 +14,7 @@ from rematerialize.units import format_bytes, format_seconds
 
 SIDE = 1000.0
 COLUMNS = 1000  # more points than pixels can't be told apart
+_SHORTEST_S = 1e-12  # a step without times is drawn over its executions
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ def frame(timelines: Sequence[Timeline], *, budget_bytes: int = 0) -> Frame:
     time_s = max((one.time_s for one in timelines), default=0.0)
     count = max((len(one.executions) for one in timelines), default=0)
     top = max((budget_bytes, *(one.peak_bytes for one in timelines)), default=0)
-    return Frame(time_s or float(max(count, 1)), max(top, 1) * 1.06, timed=time_s > 0)
+    timed = time_s >= _SHORTEST_S
+    return Frame(time_s if timed else float(max(count, 1)), max(top, 1) * 1.06, timed=timed)
 
 
 def edges(timeline: Timeline, area: Frame) -> list[float]:

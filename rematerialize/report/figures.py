@@ -64,7 +64,7 @@ def memory_plot(plan: Timeline, stored: Timeline, area: Frame, budget_bytes: int
         _mark("top before", "forward", left=begins) if begins > SIDE / 8 else "",
         _mark("top after", "backward", left=begins) if begins < SIDE * 7 / 8 else "",
         _mark("budget", f"budget {format_bytes(budget_bytes)}", top=budget),
-        _most(stored, area),
+        _most(stored, area) if abs(area.y(stored.peak_bytes) - budget) > SIDE / 12 else "",
     ]
     label = "Memory over the step. Arrow keys move through its executions, P goes to the peak, B to the backward."
     return (
@@ -86,7 +86,7 @@ def strip(plan: Timeline, area: Frame) -> str:
         items.append(
             f'<li title="{escape(lane.title)}: {escape(lane.meaning)}"><p class="lane-name"><span>{escape(lane.title)}'
             f'<span class="spoken">: {escape(lane.meaning)}</span></span>'
-            f"<span>{count:,} ops, {amount}</span></p>"
+            f"<span>{count:,} {'op' if count == 1 else 'ops'}, {amount}</span></p>"
             f'<div class="lane">{_SVG}<path class="{lane.key}" d="{boxes}"/></svg></div></li>'
         )
     return f'<ul class="strip" id="strip">{"".join(items)}</ul>'

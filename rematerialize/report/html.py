@@ -27,6 +27,7 @@ def html_report(
     schedule: Schedule,
     *,
     budget_bytes: int | None = None,
+    resident_bytes: int | None = None,
     frontier: Sequence[FrontierPoint] = (),
     chosen: int | None = None,
     title: str = "Memory plan of a training step",
@@ -39,6 +40,8 @@ def html_report(
     schedule : Schedule
     budget_bytes : int, optional
         The line in the drawing; by default the schedule's budget.
+    resident_bytes : int, optional
+        What was in memory before the step, parameters and inputs among it: only to be mentioned.
     frontier : sequence of FrontierPoint
         Other plans of the same step, in any order.
     chosen : int, optional
@@ -65,13 +68,14 @@ def html_report(
     area = frame((plan, stored), budget_bytes=budget)
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return Template(_asset("page.html")).substitute(
+    page = Template(_asset("page.html")).substitute(
         title=escape(title),
         claim=_claim(plan, stored),
         figures=_figures(plan, stored, schedule, budget),
         keys_note="Point at the step, or move through it with the arrow keys."
         if plan.executions
         else "The step is empty.",
+        above=_above(resident_bytes),
         legend=legend(),
         timeline=memory_plot(plan, stored, area, budget),
         strip=strip(plan, area),
@@ -84,10 +88,17 @@ def html_report(
         script=script,
         script_hash=digest,
     )
+    return page.encode(errors="replace").decode()  # a name may hold half of a surrogate pair, a file can't
 
 
 def _asset(name: str) -> str:
     return resources.files("rematerialize.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _above(resident_bytes: int | None) -> str:
+    if resident_bytes is None:
+        return "above what was resident when it began"
+    return f"above the {format_bytes(resident_bytes)} of parameters, inputs and so on that were there when it began"
 
 
 def _claim(plan: Timeline, stored: Timeline) -> str:

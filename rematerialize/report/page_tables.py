@@ -43,17 +43,16 @@ def modules_table(plan: Timeline, stored: Timeline) -> str:
     tree = module_tree(plan)
     kept_by_store_all = {node.total.module: node.total.stored_bytes for node in module_tree(stored)}
     opened = _opened_depth(tree)
-    whole = tree[0].total
-    most = max((*kept_by_store_all.values(), 1))
     rows = []
     for node in tree:
         row = node.total
+        kept = kept_by_store_all.get(row.module, 0)
         cells = [
             _number(_seconds(row.forward_s)),
             _number(_seconds(row.backward_s)),
-            _number(_seconds(row.recompute_s), row.recompute_s / (whole.time_s or 1), "time"),
-            _number(_bytes(row.stored_bytes), row.stored_bytes / most),
-            _number(_bytes(kept_by_store_all.get(row.module, 0))),
+            _number(_seconds(row.recompute_s), row.recompute_s / (row.forward_s or 1), "time"),
+            _number(_bytes(row.stored_bytes), row.stored_bytes / (kept or 1)),
+            _number(_bytes(kept)),
             _number(_bytes(row.peak_bytes)),
         ]
         rows.append(
@@ -99,7 +98,8 @@ def _opened_depth(tree: Sequence[ModuleNode]) -> int:
 
 
 def _number(text: str, share: float = 0.0, kind: str = "") -> str:
-    bar = f'<span class="bar {kind}" style="width:{100 * min(share, 1):.1f}%"></span>' if share >= 0.005 else ""
+    width = f"width:{100 * min(share, 1):.1f}%"
+    bar = f'<span class="track"><span class="bar {kind}" style="{width}"></span></span>' if share > 0 else ""
     return f'<td class="number{" zero" if text == "0" else ""}">{text}{bar}</td>'
 
 

@@ -120,10 +120,14 @@ def _html(plan: Plan, others: Sequence[Plan] = ()) -> bytes:
     points = [FrontierPoint(one.budget_bytes, one.peak_bytes, one.overhead) for one in (plan, *others)]
     points.sort(key=lambda point: -point.peak_bytes)
     own = points.index(FrontierPoint(plan.budget_bytes, plan.peak_bytes, plan.overhead))
-    budget = plan.budget_bytes
-    if not others:
-        return html_report(plan.graph, plan.schedule, budget_bytes=budget).encode()
-    return html_report(plan.graph, plan.schedule, budget_bytes=budget, frontier=points, chosen=own).encode()
+    return html_report(
+        plan.graph,
+        plan.schedule,
+        budget_bytes=plan.budget_bytes,
+        resident_bytes=plan.resident_bytes,
+        frontier=points if others else (),
+        chosen=own if others else None,
+    ).encode()
 
 
 def _perfetto(plan: Plan) -> bytes:
@@ -145,7 +149,7 @@ def _csv(plan: Plan) -> bytes:
     from rematerialize.report.table_csv import executions_csv
     from rematerialize.report.timeline import of_schedule
 
-    return executions_csv(of_schedule(plan.graph, plan.schedule)).encode()
+    return executions_csv(of_schedule(plan.graph, plan.schedule)).encode(errors="replace")
 
 
 def _figure(suffix: str) -> Callable[[Plan], bytes]:

@@ -48,10 +48,12 @@
     return `${(hundredths / 100).toFixed(2)} ${letters[power - 1]}`;
   };
   const seconds = (time) => {
-    const [factor, unit] = time >= 1 ? [1, "s"] : time >= 1e-3 ? [1e3, "ms"] : [1e6, "us"];
-    return `${Number((time * factor).toPrecision(3))} ${unit}`;
+    const rounded = Number(time.toPrecision(3));
+    const [factor, unit] = rounded >= 1 ? [1, "s"] : rounded >= 1e-3 ? [1e3, "ms"] : [1e6, "us"];
+    return `${Number((rounded * factor).toPrecision(3))} ${unit}`;
   };
   const text = (column, op) => column.table[column.at[op]];
+  const number = (value) => value.toLocaleString("en-US");
   const percent = (part, whole) => `${((100 * part) / whole).toFixed(1)}%`;
 
   const liveAt = (position) => {
@@ -89,14 +91,14 @@
     const op = plan.op[position];
     const phase = position < plan.boundary ? "forward" : "backward";
     const lane = laneNames[text(plan.lane, position)];
-    at("where").textContent = `${position + 1} of ${count} · ${phase}${lane === phase ? "" : ` · ${lane}`}`;
+    at("where").textContent = `${number(position + 1)} of ${number(count)} · ${phase}${lane === phase ? "" : ` · ${lane}`}`;
     at("op").textContent = ops.name[op];
     at("facts").replaceChildren(
       ...facts(position).flatMap(([name, value]) => [element("dt", name), element("dd", value)]),
     );
     const live = liveAt(position);
     const total = live.reduce((sum, i) => sum + tensors.size[plan.tensor[i]], 0);
-    at("live-title").textContent = `${live.length} live tensor${live.length === 1 ? "" : "s"}, ${size(total)}`;
+    at("live-title").textContent = `${number(live.length)} live tensor${live.length === 1 ? "" : "s"}, ${size(total)}`;
     const rows = live.slice(0, shown).map((i) => {
       const tensor = plan.tensor[i];
       const row = document.createElement("tr");
@@ -110,7 +112,7 @@
     if (live.length > shown) {
       const rest = live.slice(shown).reduce((sum, i) => sum + tensors.size[plan.tensor[i]], 0);
       const row = document.createElement("tr");
-      row.append(element("th", `${live.length - shown} more`), element("td", size(rest), "number"));
+      row.append(element("th", `${number(live.length - shown)} more`), element("td", size(rest), "number"));
       rows.push(row);
     }
     at("live").replaceChildren(...rows);
