@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from rematerialize.errors import BudgetError, GraphError, ScheduleError
 from rematerialize.ir import TrainingGraph
+from rematerialize.report.notebook import notebook_html
+from rematerialize.report.plot import memory_figure, save_figure
 from rematerialize.report.table import plan_table
+from rematerialize.report.timeline import of_schedule, store_all
 from rematerialize.schedule import Schedule
 from rematerialize.simulate import simulate
 from rematerialize.units import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from rematerialize.prepare import PreparedStep
 
 _FORMAT = "rematerialize.plan/1"
+_TITLE = "Training step under an activation budget"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +86,9 @@ class Plan:
         runs = Counter((*self.schedule.forward, *self.schedule.backward))
         return sum(count - 1 for count in runs.values())
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[tuple[str, str]]:
         stored = self.store_all_peak_bytes
-        rows = [
+        return [
             ("budget", format_bytes(self.budget_bytes)),
             ("peak", f"{format_bytes(self.peak_bytes)} ({format_percent(self.peak_bytes / max(stored, 1))})"),
             ("store-all peak", format_bytes(stored)),
@@ -94,9 +100,40 @@ class Plan:
             ("solver", self.schedule.solver),
             ("planned in", format_seconds(self.plan_s)),
         ]
-        return plan_table("Training step under an activation budget", rows)
+
+    def __str__(self) -> str:
+        return plan_table(_TITLE, self._rows())
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the table beside the memory over the step."""
+        plan, stored = of_schedule(self.graph, self.schedule), store_all(self.graph)
+        return notebook_html(_TITLE, self._rows(), plan, stored, budget_bytes=self.budget_bytes)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw memory over the step: the plan, store-all, the budget, where the backward begins.
+
+        Parameters
+        ----------
+        path : str or Path, optional
+            Also write the figure there, as PNG, SVG or PDF by its suffix.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        RematerializeError
+            If matplotlib, the extra ``plot``, isn't installed, or the suffix is another one.
+        """
+        figure = memory_figure(
+            of_schedule(self.graph, self.schedule), store_all(self.graph), budget_bytes=self.budget_bytes
+        )
+        if path is not None:
+            save_figure(figure, path)
+        return figure
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready data, graph and schedule included."""

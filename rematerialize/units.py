@@ -203,11 +203,16 @@ def format_seconds(time_s: float) -> str:
 
     >>> format_seconds(1.59e-4), format_seconds(0.0693), format_seconds(12.34), format_seconds(75)
     ('159 us', '69.3 ms', '12.3 s', '75 s')
+    >>> format_seconds(0.99999)
+    '1 s'
     """
+    if abs(time_s) >= 999.5:
+        return f"{time_s:.0f} s"
+    rounded = float(f"{time_s:.3g}")  # first, so that what rounds up to a whole unit is written in that unit
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
-        if abs(time_s) * factor >= 1 or unit == "us":
+        if abs(rounded) * factor >= 1 or unit == "us":
             break
-    return f"{time_s * factor:.3g} {unit}" if abs(time_s) < 1000 else f"{time_s:.0f} s"
+    return f"{rounded * factor:.3g} {unit}"
 
 
 def _expected(allow_auto: bool) -> str:

@@ -36,3 +36,25 @@ def a_schedule(graph: TrainingGraph) -> Schedule:
     result = simulate(graph, forward, backward)
     budget_bytes = result.peak_bytes + 100
     return Schedule(forward, tuple(backward), budget_bytes, "by hand", result.peak_bytes, result.time_s, 4000)
+
+
+def store_all_schedule(graph: TrainingGraph) -> Schedule:
+    """Return the schedule that runs every op once, in the graph's order."""
+    forward = tuple(op.name for op in graph.ops if op.phase == "forward")
+    backward = tuple(op.name for op in graph.ops if op.phase == "backward")
+    result = simulate(graph, forward, backward)
+    return Schedule(forward, backward, result.peak_bytes, "store_all", result.peak_bytes, result.time_s, 0)
+
+
+def a_long_step(count: int, time_s: float = 1e-4) -> TrainingGraph:
+    """Return a step of so many ops, an even number, of sizes that differ, in modules of layers."""
+    layers = count // 2
+    ops, sizes = [], {"x": 64, "dy": 64}
+    for at in range(layers):
+        sizes |= {f"a{at}": 1000 + at * 37 % 911, f"d{at}": 900 + at * 53 % 701}
+        where = {"source": f"model.py:{at % 40}", "module": f"layers.{at // 40}.{'ab'[at % 2]}"}
+        ops.append(Op(f"f{at}", "forward", time_s, (f"a{at - 1}" if at else "x",), (f"a{at}",), **where))
+    for at in reversed(range(layers)):
+        reads = (f"a{at}", f"d{at + 1}" if at + 1 < layers else "dy")
+        ops.append(Op(f"b{at}", "backward", time_s, reads, (f"d{at}",)))
+    return TrainingGraph(tuple(ops), sizes, frozenset({"x"}), ("dy",), (), ("d0",)).verify()

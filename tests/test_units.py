@@ -120,3 +120,11 @@ def test_any_integer_is_its_own_budget(size_bytes: int) -> None:
 @pytest.mark.parametrize("time_s", [0.0, 1e-9, 1e-6, 0.9999, 1.0, 59.9, 3600.0])
 def test_a_duration_has_a_unit(time_s: float) -> None:
     assert format_seconds(time_s).split()[1] in ("s", "ms", "us")
+
+
+@pytest.mark.parametrize(
+    ("time_s", "text"),
+    [(0.99999, "1 s"), (0.9994e-3, "999 us"), (0.9996e-3, "1 ms"), (999.4, "999 s"), (999.7, "1000 s"), (0.0, "0 us")],
+)
+def test_a_duration_that_rounds_up_to_a_unit_is_written_in_it(time_s: float, text: str) -> None:
+    assert format_seconds(time_s) == text

@@ -1,4 +1,4 @@
-"""Tables from plans and results; plots and pages will live here too."""
+"""Tables, plots, pages and exports from graphs and schedules."""
 
 from rematerialize.report.table import aligned_table, markdown_table, plan_table
 

@@ -1,0 +1,181 @@
+"""``rematerialize export``: which file for which tool, and what it refuses. Plans plot and show themselves."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rematerialize.errors import RematerializeError
+from rematerialize.plans import Plan
+from rematerialize.report.figures import FrontierPoint
+from rematerialize.report.notebook import notebook_html
+from rematerialize.report.plot import frontier_figure, memory_figure, save_figure
+from rematerialize.report.timeline import of_schedule, store_all
+from tests.reports import a_long_step, a_schedule, a_step, store_all_schedule
+from tests.test_cli import run_cli
+from tests.test_report_html import HOSTILE, Elements, hostile_step
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def a_plan(layers: int = 4, *, stores_all: bool = False) -> Plan:
+    graph = a_step(layers)
+    schedule = store_all_schedule(graph) if stores_all else a_schedule(graph)
+    stored = store_all(graph)
+    return Plan(graph, schedule, schedule.budget_bytes, stored.peak_bytes, stored.time_s, 4000, 1000, 0.5)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    a_plan().save(tmp_path / "plan.json")
+    a_plan(stores_all=True).save(tmp_path / "stored.json")
+    a_plan(5).save(tmp_path / "another.json")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("html", "page.html"),
+        ("perfetto", "trace.json"),
+        ("memory_viz", "snapshot.pickle"),
+        ("csv", "rows.csv"),
+        ("svg", "figure.svg"),
+    ],
+)
+def test_each_format_is_written_by_name_and_by_suffix(folder: Path, name: str, file: str) -> None:
+    done = run_cli("export", "plan.json", "--format", name, "-o", file, cwd=folder)
+    assert (done.stdout, done.stderr) == ("", f"rematerialize: wrote {file}\n")
+    first = (folder / file).read_bytes()
+    done = run_cli("export", "plan.json", "-o", file, "--force", "--json", "-q", cwd=folder)
+    said = json.loads(done.stdout)
+    assert said == {"schema": "rematerialize.export/1", "format": name, "path": file, "size_bytes": said["size_bytes"]}
+    check = {
+        "html": lambda data: data.startswith(b"<!doctype html>") and b"What other budgets cost" not in data,
+        "perfetto": lambda data: "traceEvents" in json.loads(data),
+        "memory_viz": lambda data: set(pickle.loads(data)) >= {"segments", "device_traces"},
+        "csv": lambda data: len(list(csv.reader(io.StringIO(data.decode())))) == 15,
+        "svg": lambda data: b"<svg" in data,
+    }[name]
+    assert check(first)
+
+
+def test_text_goes_to_stdout_without_an_output(folder: Path) -> None:
+    done = run_cli("export", "plan.json", "--format", "csv", cwd=folder)
+    assert done.stdout.splitlines()[0].startswith("position,phase,op")
+    assert done.stderr == ""
+
+
+def test_other_plans_make_the_pages_frontier(folder: Path) -> None:
+    run_cli("export", "plan.json", "-o", "page.html", "--with", "stored.json", cwd=folder)
+    text = "".join(Elements((folder / "page.html").read_text(encoding="utf-8")).text)
+    assert "this plan: 4.40 KiB, 50.0%" in text
+    assert "5.86 KiB0.0%" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("plan.json", "--format", "htlm"), "unknown --format 'htlm': did you mean html? choose one of html, perfetto"),
+        (("plan.json", "--format", "zzz"), "unknown --format 'zzz': choose one of html"),
+        (("plan.json",), "expected --format, one of html, perfetto, memory_viz, csv"),
+        (("plan.json", "--format", "memory_viz"), "for example -o plan.pickle"),
+        (("plan.json", "--format", "perfetto", "-o", "a.csv"), "ends like --format csv, got --format perfetto"),
+        (("plan.json", "--format", "perfetto", "-o", "plan.json", "--force"), "-o plan.json is the plan itself"),
+        (("plan.json", "-o", "stored.json"), "stored.json exists already: give --force"),
+        (("plan.json", "-o", "no/such/page.html"), "there is no folder no/such"),
+        (("missing.json", "-o", "page.html"), "missing.json: No such file or directory"),
+        (("bad.json", "-o", "page.html"), "bad.json is not a plan: it isn't valid JSON"),
+        (("plan.json", "-o", "page.html", "--with", "another.json"), "another.json is a plan of another step"),
+        (("plan.json", "-o", "rows.csv", "--with", "stored.json"), "--with adds plans to the page"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(folder: Path, args: tuple[str, ...], says: str) -> None:
+    (folder / "bad.json").write_text("{", encoding="utf-8")
+    before = sorted(path.name for path in folder.iterdir())
+    done = run_cli("export", *args, cwd=folder, code=2)
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_exporting_never_imports_torch(folder: Path) -> None:
+    program = (
+        "import sys\nfrom rematerialize.cli import main\n"
+        "try:\n    main(['export', 'plan.json', '-o', 'page.html', '-q'])\n"
+        "except SystemExit as done:\n    sys.exit(done.code or ('torch' in sys.modules))"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, env={"PYTHONPATH": str(ROOT)})
+
+
+def test_a_plan_draws_itself_to_a_file_or_a_figure(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plan = a_plan()
+    figure = plan.plot(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    plan.plot(tmp_path / "plan.svg")
+    assert b"<svg" in (tmp_path / "plan.svg").read_bytes()
+    (axes,) = figure.axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["store-all, 5.86 KiB", "this plan, 4.40 KiB", "budget, 4.50 KiB"]
+    stored, planned = axes.lines[0], axes.lines[1]
+    assert max(stored.get_ydata()) == 6000
+    assert max(planned.get_ydata()) == plan.peak_bytes
+    with pytest.raises(RematerializeError, match=r"the suffix must be one of \.png, \.svg, \.pdf"):
+        plan.plot(tmp_path / "plan.bmp")
+
+
+def test_a_frontier_is_drawn_with_the_chosen_plan(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    points = (FrontierPoint(6000, 6000, 0.0), FrontierPoint(4600, 4500, 0.5))
+    for chosen in (None, 0, 1):
+        figure = frontier_figure(points, chosen=chosen)
+        save_figure(figure, tmp_path / "frontier.svg")
+    (text,) = figure.axes[0].texts
+    assert text.get_text() == "this plan: 4.40 KiB, 50.0%"
+    with pytest.raises(RematerializeError, match="at least one point"):
+        frontier_figure(())
+    with pytest.raises(RematerializeError, match="chosen must be a position"):
+        frontier_figure(points, chosen=2)
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(RematerializeError, match=r"pip install 'rematerialize\[plot\]'"):
+        a_plan().plot()
+
+
+def test_an_empty_or_untimed_step_is_drawn_too(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    timeline = store_all(a_long_step(10, time_s=0.0))
+    save_figure(memory_figure(timeline, timeline, budget_bytes=9), tmp_path / "a.svg")
+
+
+def test_a_notebook_shows_the_table_beside_the_memory() -> None:
+    plan = a_plan()
+    shown = plan._repr_html_()
+    parsed = Elements(shown)
+    assert parsed.open == []
+    text = " ".join(parsed.text)
+    for name, value in (("budget", "4.50 KiB"), ("overhead", "50.0%"), ("solver", "by hand")):
+        assert f"{name} {value}" in text
+    assert "this plan 4.40 KiB" in text
+    assert not {"script", "style", "link", "img"} & {tag for tag, _ in parsed.found}
+    assert "http" not in shown
+
+
+def test_a_notebook_shows_names_as_text_and_stays_small() -> None:
+    graph = hostile_step()
+    timeline = of_schedule(graph, store_all_schedule(graph))
+    shown = notebook_html(HOSTILE, [(HOSTILE, HOSTILE)], timeline, timeline, budget_bytes=8)
+    assert not {"script", "img"} & {tag for tag, _ in Elements(shown).found}
+    long = store_all(a_long_step(20_000))
+    assert len(notebook_html("plan", [], long, long, budget_bytes=1)) < 100_000
