@@ -43,6 +43,7 @@ LAYERS = {
     "wrapper": 9,
     "api": 10,
     "__init__": 11,
+    "doctor": 11,
     "peers": 11,
     "cli/": 13,
     "__main__": 14,
@@ -129,6 +130,7 @@ def test_the_solver_and_what_it_stands_on_never_import_torch(path: Path) -> None
 LIGHT = (
     "rematerialize",
     "rematerialize.cli",
+    "rematerialize.doctor",
     "rematerialize.plans",
     "rematerialize.solve",
     "rematerialize.targets.names",

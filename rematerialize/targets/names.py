@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from rematerialize.errors import TargetError, did_you_mean
 from rematerialize.zoo import ENTRIES, ModelSpec, Scale
+from rematerialize.zoo.spec import SCALES
 
 Kind = Literal["module", "file", "hf", "zoo"]
 _EXPECTED = "PKG.MOD:FACTORY, FILE.py:FACTORY, hf:CONFIG.json or zoo:NAME"
@@ -84,9 +85,9 @@ def zoo_entry(name: str) -> ModelSpec:
 def _zoo(text: str, rest: str) -> TargetName:
     name, at, scale = rest.partition("@")
     spec = zoo_entry(name)
-    if at and scale not in get_args(Scale):
-        near = did_you_mean(scale, get_args(Scale))
-        raise TargetError(f"expected one of {', '.join(get_args(Scale))} behind the @, got {scale!r} in {text!r}{near}")
+    if at and scale not in SCALES:
+        near = did_you_mean(scale, SCALES)
+        raise TargetError(f"expected one of {', '.join(SCALES)} behind the @, got {scale!r} in {text!r}{near}")
     if package := spec.missing():
         raise TargetError(
             f"{text} needs the package {package}, which isn't installed: pip install rematerialize[models]"

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rematerialize.cli.commands import plan, solve
+from rematerialize.cli.commands import doctor, plan, solve, zoo
 
-__all__ = ["plan", "solve"]
+__all__ = ["doctor", "plan", "solve", "zoo"]
