@@ -1,5 +1,10 @@
 """The exception tree: every failure that a user can meet has one class here."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class RematerializeError(Exception):
     """Base class of every error that this package raises on purpose."""
@@ -19,6 +24,10 @@ class ScheduleError(RematerializeError, ValueError):
 
 class CaptureError(RematerializeError):
     """The model's training step can't be captured as a graph."""
+
+
+class TargetError(RematerializeError, ValueError):
+    """What should be trained can't be had: a wrong target, input spec, type or device, or an error of the target's."""
 
 
 class EmitError(RematerializeError):
@@ -49,3 +58,14 @@ class BudgetError(RematerializeError):
 
 def _rebuild_budget_error(message: str, minimum_bytes: int) -> BudgetError:
     return BudgetError(message, minimum_bytes=minimum_bytes)
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the closest of some names, or an empty string when none is close.
+
+    >>> did_you_mean("float23", ["int64", "float32"])
+    "; did you mean 'float32'?"
+    """
+    by_fold = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(given.casefold(), by_fold, n=1, cutoff=0.5)
+    return f"; did you mean {by_fold[close[0]]!r}?" if close else ""

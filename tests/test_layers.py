@@ -39,9 +39,11 @@ LAYERS = {
     "prepare": 7,
     "analytic": 8,
     "plans": 8,
+    "targets/": 9,
     "wrapper": 9,
     "api": 10,
     "__init__": 11,
+    "doctor": 11,
     "peers": 11,
     "trial": 11,
     "profile": 12,
@@ -127,7 +129,15 @@ def test_the_solver_and_what_it_stands_on_never_import_torch(path: Path) -> None
     assert not wrong
 
 
-LIGHT = ("rematerialize", "rematerialize.cli", "rematerialize.plans", "rematerialize.solve", "rematerialize.zoo")
+LIGHT = (
+    "rematerialize",
+    "rematerialize.cli",
+    "rematerialize.doctor",
+    "rematerialize.plans",
+    "rematerialize.solve",
+    "rematerialize.targets.names",
+    "rematerialize.zoo",
+)
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 
 import typer
@@ -18,22 +17,6 @@ MISMATCH = 4
 
 class UsageError(Exception):
     """What the caller typed, or the target that it names, is wrong."""
-
-
-@contextlib.contextmanager
-def blame(who: str, *, debug: bool) -> Iterator[None]:
-    """Turn an exception of the user's code into one line that says whose it is and where it rose."""
-    try:
-        yield
-    except (UsageError, RematerializeError):
-        raise
-    except (Exception, SystemExit) as error:
-        if debug:
-            raise
-        frames = traceback.extract_tb(error.__traceback__)[1:]
-        theirs = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename[0] != "<"]
-        where = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
-        raise UsageError(f"{who} raised {type(error).__name__}: {error}{where}") from error
 
 
 @contextlib.contextmanager

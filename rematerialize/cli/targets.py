@@ -1,42 +1,58 @@
-"""TARGET to a model and its example inputs."""
+"""TARGET, SPEC, ``--dtype`` and ``--device`` to a model with example inputs."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import os
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rematerialize.cli.errors import UsageError, blame
+from rematerialize.errors import TargetError
+from rematerialize.targets.names import parse_target
+from rematerialize.targets.specs import parse_dtype, parse_specs
+
+if TYPE_CHECKING:
+    from rematerialize.targets.load import Target
 
 
-def call_factory(path: str, *, debug: bool) -> tuple[Any, Any]:
-    """Import the module of ``pkg.mod:factory`` and call the factory."""
-    module_name, _, function_path = path.partition(":")
-    if not module_name or not function_path:
-        raise UsageError(f"expected a factory as PKG.MOD:FACTORY, got {path!r}; write for example models:make")
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
+def check_target(target: str, specs: Sequence[str] | None = None, dtype: str | None = None) -> None:
+    """Refuse what can't be a target, a spec or a type, before anything slow is imported."""
+    parse_target(target)
+    parse_specs(specs or ())
+    if dtype is not None:
+        parse_dtype(dtype, "for --dtype", floating=True)
+
+
+def load_target(
+    target: str,
+    specs: Sequence[str] | None = None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    batch: int | None = None,
+    batch_dim: int = 0,
+    fake: bool = False,
+    steps: str = "",
+) -> Target:
+    """Make what a command line names; what the target prints goes to stderr.
+
+    Parameters
+    ----------
+    steps : str
+        The command that runs real steps, if one does: refuse devices that aren't here.
+
+    The others are those of `rematerialize.targets.load.load`.
+
+    Raises
+    ------
+    TargetError
+        One line: what was expected, and the closest match.
+    """
+    check_target(target, specs, dtype)
     with contextlib.redirect_stdout(sys.stderr):
-        with blame(f"importing {module_name} for the factory", debug=debug):
-            try:
-                found = importlib.import_module(module_name)
-            except ModuleNotFoundError as error:
-                if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                    raise
-                raise UsageError(
-                    f"no module named {error.name!r} here ({here}) or installed; check the factory {path!r}"
-                ) from None
-        for name in function_path.split("."):
-            if not hasattr(found, name):
-                raise UsageError(f"{module_name} has no {function_path!r}; check the factory {path!r}")
-            found = getattr(found, name)
-        if not callable(found):
-            raise UsageError(f"the factory {path!r} is a {type(found).__name__}; it must be a function")
-        with blame(f"the factory {path}", debug=debug):
-            made: object = found()
-    if not isinstance(made, tuple) or len(made) != 2:
-        what = f"{len(made)} values" if isinstance(made, tuple) else f"a {type(made).__name__}"
-        raise UsageError(f"the factory {path!r} returned {what}; it must return (model, example_inputs)")
-    return made
+        from rematerialize.targets.devices import find_device
+        from rematerialize.targets.load import load
+
+        if steps and (spec := find_device(device).spec) is not None:
+            raise TargetError(f"{steps} runs steps, and {spec.name} isn't here: give --device cpu or cuda")
+        return load(target, specs or (), dtype=dtype, device=device, batch=batch, batch_dim=batch_dim, fake=fake)

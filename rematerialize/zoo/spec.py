@@ -6,12 +6,13 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Scale = Literal["test", "bench"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
 Inputs = tuple[Any, ...] | dict[str, Any]
 Made: TypeAlias = "tuple[nn.Module, Inputs]"  # the pair that the command line's factories return, too
 Runner = Callable[..., Any]  # runner(block, *args): how a model runs each of its natural blocks

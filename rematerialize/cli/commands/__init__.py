@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rematerialize.cli.commands import export, plan, solve
+from rematerialize.cli.commands import plan, export, solve, zoo, doctor  # isort: skip
 
-__all__ = ["export", "plan", "solve"]
+__all__ = ["doctor", "export", "plan", "solve", "zoo"]

@@ -21,7 +21,7 @@ from rematerialize.cli.options import (
     TargetArgument,
     check_budgets,
 )
-from rematerialize.cli.targets import call_factory
+from rematerialize.cli.targets import load_target
 from rematerialize.units import format_seconds
 
 
@@ -41,13 +41,13 @@ def plan(
     check_budgets(budget, activation_budget)
     console.check_output(output, force=force)
     console.check_output(graph_file, force=force)
-    model, example_inputs = call_factory(target, debug=console.debug)
+    made_of = load_target(target)
     console.progress(f"capturing and planning {target}")
     start_s = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # a model that prints must not mix with our data
         from rematerialize import api
 
-        made = api.plan(model, example_inputs, budget=budget, activation_budget=activation_budget)
+        made = api.plan(made_of.model, made_of.inputs, budget=budget, activation_budget=activation_budget)
     console.progress(f"planned in {format_seconds(time.perf_counter() - start_s)}")
     if output is not None:
         made.save(output)

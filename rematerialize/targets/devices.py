@@ -1,0 +1,66 @@
+"""``--device``: here, or in the table of devices that costs can be computed for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rematerialize.cost import DEVICES, DeviceSpec
+from rematerialize.errors import TargetError, did_you_mean
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where a step is to run.
+
+    Attributes
+    ----------
+    here : str or None
+        "cpu" or "cuda" (with an index, if one was given); None when the device isn't here.
+    spec : DeviceSpec or None
+        The figures of a device that isn't here: costs are computed from them, on fake tensors.
+    """
+
+    here: str | None
+    spec: DeviceSpec | None = None
+
+
+def find_device(text: str | None) -> Device:
+    """Read ``--device``; None is wherever the target puts its tensors, on the CPU as a rule.
+
+    Raises
+    ------
+    TargetError
+        If it is neither here nor in the table; names the closest.
+    """
+    if text is None:
+        return Device("cpu")
+    by_fold = {name.casefold(): spec for name, spec in DEVICES.items()}
+    spec = by_fold.get(" ".join(text.split()).casefold())
+    if spec is not None:
+        return Device("cuda") if _is_here(spec) else Device(None, spec)
+    kind, colon, index = text.partition(":")
+    if kind == "cpu" and not colon:
+        return Device("cpu")
+    if kind == "cuda" and (not colon or index.isdigit()):
+        return Device(_cuda(text, int(index or 0)))
+    known = ["cpu", "cuda", *DEVICES]
+    near = did_you_mean(text, known)
+    raise TargetError(f"expected --device as one of {', '.join(known)}, got {text!r}{near}")
+
+
+def _cuda(text: str, index: int) -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise TargetError(
+            "CUDA was asked for, but torch finds no CUDA device here; for computed costs name one of "
+            f"{', '.join(name for name in DEVICES if 'CPU' not in name)}"
+        )
+    if index >= count:
+        raise TargetError(f"expected a CUDA device below {count}, got {text!r}")
+    return text
+
+
+def _is_here(spec: DeviceSpec) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_name(0).startswith(spec.name)

@@ -1,0 +1,106 @@
+"""TARGET: which of four kinds it is, checked as far as that needs no import of torch.
+
+``pkg.mod:factory``, ``path/to/file.py:factory``, ``hf:config.json`` or its folder, and ``zoo:gpt`` (``zoo:gpt@bench``
+for the larger scale). A factory takes nothing and returns a model, or a model and its example inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rematerialize.errors import TargetError, did_you_mean
+from rematerialize.zoo import ENTRIES, ModelSpec, Scale
+from rematerialize.zoo.spec import SCALES
+
+Kind = Literal["module", "file", "hf", "zoo"]
+_EXPECTED = "PKG.MOD:FACTORY, FILE.py:FACTORY, hf:CONFIG.json or zoo:NAME"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetName:
+    """A target as it was named.
+
+    Attributes
+    ----------
+    text : str
+        As typed.
+    kind : {"module", "file", "hf", "zoo"}
+    where : str
+        The module, the file, the configuration, or the zoo's name.
+    function : str
+        The factory, for "module" and "file".
+    scale : {"test", "bench"}
+        For "zoo".
+    """
+
+    text: str
+    kind: Kind
+    where: str
+    function: str = ""
+    scale: Scale = "test"
+
+
+def parse_target(text: str) -> TargetName:
+    """Read a TARGET.
+
+    Raises
+    ------
+    TargetError
+        Says what was expected, and the closest match where there is one.
+    """
+    scheme, colon, rest = text.partition(":")
+    if scheme == "zoo" and colon:
+        return _zoo(text, rest)
+    if scheme == "hf" and colon:
+        return TargetName(text, "hf", str(_existing(text, rest or ".", "a transformers config.json or its folder")))
+    where, colon, function = text.rpartition(":")
+    if text.endswith(".py") or where.endswith(".py"):
+        path = _existing(text, where if where.endswith(".py") else text, "a Python file")
+        if not function or not where.endswith(".py"):
+            raise TargetError(f"expected a factory as FILE.py:FACTORY, got {text!r}; write for example {path}:make")
+        return TargetName(text, "file", str(path), function)
+    if not colon or not where or not function:
+        # A bare name is most likely one of the zoo's
+        near = did_you_mean(f"zoo:{text}", [f"zoo:{name}" for name in ENTRIES])
+        raise TargetError(f"expected a target as {_EXPECTED}, got {text!r}{near or '; write for example models:make'}")
+    return TargetName(text, "module", where, function)
+
+
+def zoo_entry(name: str) -> ModelSpec:
+    """Look a model of the zoo up.
+
+    Raises
+    ------
+    TargetError
+        If there is none of that name; names the closest.
+    """
+    if name not in ENTRIES:
+        near = did_you_mean(name, ENTRIES)
+        raise TargetError(f"expected the name of a model of the zoo, got {name!r}{near or ''} (rematerialize zoo)")
+    return ENTRIES[name]
+
+
+def _zoo(text: str, rest: str) -> TargetName:
+    name, at, scale = rest.partition("@")
+    spec = zoo_entry(name)
+    if at and scale not in SCALES:
+        near = did_you_mean(scale, SCALES)
+        raise TargetError(f"expected one of {', '.join(SCALES)} behind the @, got {scale!r} in {text!r}{near}")
+    if package := spec.missing():
+        raise TargetError(
+            f"{text} needs the package {package}, which isn't installed: pip install rematerialize[models]"
+        )
+    return TargetName(text, "zoo", name, scale="bench" if scale == "bench" else "test")
+
+
+def _existing(text: str, where: str, what: str) -> Path:
+    path = Path(where).expanduser()
+    if path.is_dir() and what.startswith("a transformers"):
+        path /= "config.json"
+    if path.is_file():
+        return path
+    siblings = [found.name for found in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
+    near = did_you_mean(path.name, siblings)
+    raise TargetError(f"expected {what} in the target {text!r}, but there is no file {path}{near}")
