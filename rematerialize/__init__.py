@@ -23,32 +23,48 @@ from rematerialize.version import __version__
 
 if TYPE_CHECKING:
     from rematerialize.api import Plan, frontier, plan, unwrap, wrap
+    from rematerialize.max_batch import MaxBatch, max_batch
+    from rematerialize.profile import Profile, profile
 
 __all__ = [
     "BudgetError",
     "CaptureError",
     "EmitError",
     "GraphError",
+    "MaxBatch",
     "Plan",
     "PlanMismatchError",
+    "Profile",
     "RematerializeError",
     "ScheduleError",
     "UnitError",
     "__version__",
     "frontier",
+    "max_batch",
     "plan",
+    "profile",
     "unwrap",
     "wrap",
 ]
 
-_FROM_API = frozenset({"Plan", "frontier", "plan", "unwrap", "wrap"})
+_HOMES = {
+    "Plan": "api",
+    "frontier": "api",
+    "plan": "api",
+    "unwrap": "api",
+    "wrap": "api",
+    "MaxBatch": "max_batch",
+    "max_batch": "max_batch",
+    "Profile": "profile",
+    "profile": "profile",
+}
 
 
 def __getattr__(name: str) -> object:
-    """Import the API at its first use (PEP 562)."""
-    if name not in _FROM_API:
+    """Import what needs torch at its first use (PEP 562)."""
+    if name not in _HOMES:
         raise AttributeError(f"module 'rematerialize' has no attribute {name!r}")
-    value: object = getattr(importlib.import_module("rematerialize.api"), name)
+    value: object = getattr(importlib.import_module(f"rematerialize.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

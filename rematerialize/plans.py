@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rematerialize.errors import BudgetError, GraphError, ScheduleError
 from rematerialize.ir import TrainingGraph
+from rematerialize.report.explain import Explanation, explain
 from rematerialize.report.notebook import notebook_html
 from rematerialize.report.plot import memory_figure, save_figure
 from rematerialize.report.table import plan_table
@@ -110,6 +111,35 @@ class Plan:
         """What a notebook shows: the table beside the memory over the step."""
         plan, stored = of_schedule(self.graph, self.schedule), store_all(self.graph)
         return notebook_html(_TITLE, self._rows(), plan, stored, budget_bytes=self.budget_bytes)
+
+    def explain(self, depth: int = 2) -> Explanation:
+        """Per module and op: what is stored, what is recomputed how often, and why.
+
+        Parameters
+        ----------
+        depth : int
+            How many names of a module's path tell modules apart in the table.
+        """
+        return explain(of_schedule(self.graph, self.schedule), depth)
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers for experiment trackers: MLflow, TensorBoard, Weights & Biases."""
+        found = {
+            "budget_bytes": self.budget_bytes,
+            "peak_bytes": self.peak_bytes,
+            "store_all_peak_bytes": self.store_all_peak_bytes,
+            "minimum_bytes": self.minimum_bytes,
+            "resident_bytes": self.resident_bytes,
+            "step_s": self.schedule.time_s,
+            "store_all_step_s": self.store_all_time_s,
+            "overhead": self.overhead,
+            "recomputed_ops": self.recomputed,
+            "ops": len(self.graph.ops),
+            "plan_s": self.plan_s,
+        }
+        if self.gap is not None:
+            found["gap"] = self.gap
+        return {name: float(value) for name, value in found.items()}
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw memory over the step: the plan, store-all, the budget, where the backward begins.

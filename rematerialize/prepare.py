@@ -155,6 +155,11 @@ class PreparedStep:
                 return self, whole
         return self.finer, fine
 
+    def full_checkpointing(self) -> Schedule:
+        """What checkpointing every block needs: the plan with the least memory that recomputes whole blocks once."""
+        planner = Planner(self.graph, solver="blocks")
+        return planner.solve(planner.minimum())
+
     def build(self, schedule: Schedule) -> TrainingStep:
         """Judge a schedule by the simulator, then emit it.
 
