@@ -42,11 +42,12 @@ LAYERS = {
     "targets/": 9,
     "wrapper": 9,
     "api": 10,
-    "__init__": 11,
+    "__init__": 13,
     "doctor": 11,
     "peers": 11,
     "trial": 11,
     "profile": 12,
+    "max_batch": 12,
     "cli/": 13,
     "__main__": 14,
 }

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rematerialize.cli.commands import plan, export, solve, zoo, doctor  # isort: skip
+from rematerialize.cli.commands import profile, plan, frontier, max_batch, explain, export, solve, zoo, doctor  # isort: skip
 
-__all__ = ["doctor", "export", "plan", "solve", "zoo"]
+__all__ = ["doctor", "explain", "export", "frontier", "max_batch", "plan", "profile", "solve", "zoo"]
