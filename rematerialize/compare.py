@@ -29,10 +29,10 @@ from rematerialize.harness import (
     run_step,
     time_interleaved,
 )
-from rematerialize.peers import planned
 from rematerialize.prepare import PreparedStep, home_of, prepare_example
 from rematerialize.targets.load import Target
 from rematerialize.torch_budget import TORCH_BUDGETS, PeerError, compiled_under, one_line
+from rematerialize.trial import planned_forward
 
 ROUNDING = 1e-5  # relative: another order of the same float32 sums
 SEED = 1
@@ -132,7 +132,8 @@ class Contest:
         if request == "minimum":
             request = read_budget(None, self.prepared.minimum())
         made = choose(self.target.model, self.prepared, request)
-        return planned(self.eager, replace(made, prepared=self.prepared))
+        plan = replace(made, prepared=self.prepared)
+        return replace(self.eager, call=planned_forward(self.target.model, plan, self.target.inputs))
 
     def time(self, rounds: int) -> tuple[Cell, ...]:
         """Time all that can step, in turns, and return the finished cells."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from rematerialize.api import Plan, choose, plan, unwrap, wrap
+from rematerialize.api import Plan, choose, plan
 from rematerialize.budget import read_budget
 from rematerialize.harness import Stepper
 from rematerialize.torch_budget import TORCH_BUDGETS, PeerError, compiled_under, one_line
+from rematerialize.trial import planned_forward
 from rematerialize.zoo.spec import ModelSpec, Scale
 
-__all__ = ["TORCH_BUDGETS", "Ours", "PeerError", "eager", "one_line", "per_block", "planned", "torch_budget"]
+__all__ = ["TORCH_BUDGETS", "Ours", "PeerError", "eager", "one_line", "per_block", "torch_budget"]
 
 
 def eager(spec: ModelSpec, scale: Scale, *, seed: int = 0) -> Stepper:
@@ -42,20 +43,6 @@ def torch_budget(spec: ModelSpec, scale: Scale, budget: float, *, seed: int = 0)
     return compiled_under(lambda: eager(spec, scale, seed=seed), budget)
 
 
-def planned(plain: Stepper, made: Plan) -> Stepper:
-    """Return the same module stepping under a plan; called by itself, it stays as it is.
-
-    Raises
-    ------
-    PlanMismatchError
-        If the plan belongs to another step.
-    """
-    wrapped = wrap(plain.module, plan=made, example_inputs=plain.inputs)
-    forward = wrapped.forward
-    unwrap(plain.module)
-    return Stepper(plain.module, plain.inputs, plain.loss_of, forward)
-
-
 class Ours:
     """One model captured once, stepping under any number of plans of this package.
 
@@ -79,4 +66,4 @@ class Ours:
         """Return the step under a budget or a plan."""
         given = activation_budget
         made = given if isinstance(given, Plan) else self.plan(given)
-        return planned(Stepper(self.module, self.inputs, self.loss_of), made)
+        return Stepper(self.module, self.inputs, self.loss_of, planned_forward(self.module, made, self.inputs))

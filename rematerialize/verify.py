@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from rematerialize.api import choose
@@ -21,17 +20,16 @@ from rematerialize.harness import (
     Comparison,
     Stepper,
     buffer_state,
-    clear_gradients,
     compare_steps,
     measure_step_peak,
     restore_buffers,
     run_step,
     weightless_loss,
 )
-from rematerialize.peers import planned
 from rematerialize.plans import Plan
 from rematerialize.prepare import home_of, matching_variant, prepare_example
 from rematerialize.targets.load import Target
+from rematerialize.trial import planned_forward, undisturbed
 
 ROUNDING = 2e-6  # of a tensor's largest magnitude: what float32 sums of some thousand terms differ by in another order
 PEAK_TOLERANCE = 0.01  # between the predicted and the measured peak, plus the next line
@@ -135,14 +133,12 @@ def verify(
         plan = choose(target.model, prepared, plan)
     splits = matching_variant(prepared, plan.graph) is not prepared
     eager = Stepper(target.model, target.inputs, target.loss_of)
-    ours = planned(eager, replace(plan, prepared=prepared))
+    forward = planned_forward(target.model, replace(plan, prepared=prepared), target.inputs)
+    ours = replace(eager, call=forward)
     start = buffer_state(target.model)
-    try:
+    with undisturbed(target.model):
         comparisons, repeats = _compared(eager, ours, start, range(seed, seed + steps))
         peaks = [_peak(stepper, start, seed) for stepper in (eager, ours)]
-    finally:
-        restore_buffers(target.model, start)
-        clear_gradients(target.model)
     findings = [*_step_findings(comparisons, repeats, splits, rounding), *_peak_findings(plan, peaks[1], size)]
     return Verification(plan, tuple(findings), peaks[0], peaks[1], max(one.max_relative for one in comparisons))
 
@@ -167,8 +163,7 @@ def _peak(stepper: Stepper, start: dict[str, Tensor], seed: int) -> int:
     """The model's own peak: the loss asks for a gradient of every output, as the plan assumes, and holds nothing."""
     restore_buffers(stepper.module, start)
     device = str(home_of(stepper.module))
-    with torch.random.fork_rng(devices=[]):
-        return measure_step_peak(replace(stepper, loss_of=weightless_loss), seed=seed, device=device).peak_bytes
+    return measure_step_peak(replace(stepper, loss_of=weightless_loss), seed=seed, device=device).peak_bytes
 
 
 def _step_findings(comparisons: list[Comparison], repeats: Comparison, splits: bool, rounding: bool) -> list[Finding]:
