@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rematerialize.cli.commands import plan, verify, compare, export, solve, zoo, doctor  # isort: skip
+from rematerialize.cli.commands import plan, verify, compare, export, solve, zoo, devices, doctor  # isort: skip
 
-__all__ = ["compare", "doctor", "export", "plan", "solve", "verify", "zoo"]
+__all__ = ["compare", "devices", "doctor", "export", "plan", "solve", "verify", "zoo"]
