@@ -78,10 +78,10 @@ def _peaks(double: float, single: float, half: float, brain: float | None = None
 
 
 _LAUNCH_S = 3e-6
-_SHEET = (
-    "memory, bandwidth and dense rates: NVIDIA {} data sheet, tensor cores for float16 and bfloat16{} (TF32 is off "
-    "unless asked for); launch: an assumption, about what a short kernel takes from Python's queue"
-)
+_SHEET = "NVIDIA {} data sheet, dense{}; launch: assumed"
+_TENSOR_CORES = ", tensor cores for half types and float64 (no TF32)"
+_HALF_ONLY = ", tensor cores for half types (no TF32); float64: {} of float32"
+_NO_BRAIN = ", tensor cores for float16; bfloat16 as float32, for want of a unit"
 
 
 def _gpu(
@@ -99,26 +99,23 @@ DEVICES: Mapping[str, DeviceSpec] = {
             20e9,
             _peaks(0.08, 0.16, 0.16),
             4e-6,
-            "an assumption: two cores at 2.5 GHz with two 256-bit multiply-add units each, a share of a server's "
-            "memory channels; no unit for half types",
+            "assumed: two cores at 2.5 GHz, two 256-bit multiply-add units each; a share of a server's memory channels",
         ),
-        _gpu("NVIDIA A100 40GB", 40, 1555, _peaks(19.5, 19.5, 312), "A100 (SXM)", " and float64"),
-        _gpu("NVIDIA A100 80GB", 80, 2039, _peaks(19.5, 19.5, 312), "A100 (SXM)", " and float64"),
-        _gpu("NVIDIA H100 80GB", 80, 3350, _peaks(67, 67, 989), "H100 (SXM)", " and float64"),
-        _gpu("NVIDIA H100 PCIe 80GB", 80, 2000, _peaks(51, 51, 756), "H100 (PCIe)", " and float64"),
-        _gpu("NVIDIA H200 141GB", 141, 4800, _peaks(67, 67, 989), "H200 (SXM)", " and float64"),
-        _gpu("NVIDIA L4 24GB", 24, 300, _peaks(0.49, 30.3, 121), "L4", "; float64 at a 64th of float32"),
-        _gpu("NVIDIA L40S 48GB", 48, 864, _peaks(1.43, 91.6, 362), "L40S", "; float64 at a 64th of float32"),
-        _gpu(
-            "NVIDIA T4 16GB", 16, 320, _peaks(0.25, 8.1, 65, 8.1), "T4", ", bfloat16 as float32: it has no unit for it"
-        ),
+        _gpu("NVIDIA A100 40GB", 40, 1555, _peaks(19.5, 19.5, 312), "A100 (SXM)", _TENSOR_CORES),
+        _gpu("NVIDIA A100 80GB", 80, 2039, _peaks(19.5, 19.5, 312), "A100 (SXM)", _TENSOR_CORES),
+        _gpu("NVIDIA H100 80GB", 80, 3350, _peaks(67, 67, 989), "H100 (SXM)", _TENSOR_CORES),
+        _gpu("NVIDIA H100 PCIe 80GB", 80, 2000, _peaks(51, 51, 756), "H100 (PCIe)", _TENSOR_CORES),
+        _gpu("NVIDIA H200 141GB", 141, 4800, _peaks(67, 67, 989), "H200 (SXM)", _TENSOR_CORES),
+        _gpu("NVIDIA L4 24GB", 24, 300, _peaks(0.49, 30.3, 121), "L4", _HALF_ONLY.format("a 64th")),
+        _gpu("NVIDIA L40S 48GB", 48, 864, _peaks(1.43, 91.6, 362), "L40S", _HALF_ONLY.format("a 64th")),
+        _gpu("NVIDIA T4 16GB", 16, 320, _peaks(0.25, 8.1, 65, 8.1), "T4", _NO_BRAIN + "; float64: a 32nd of float32"),
         _gpu(
             "NVIDIA V100 32GB",
             32,
             900,
             _peaks(7.8, 15.7, 125, 15.7),
             "V100 (SXM2)",
-            ", bfloat16 as float32: it has no unit",
+            _NO_BRAIN,
         ),
     )
 }
