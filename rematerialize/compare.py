@@ -30,6 +30,7 @@ from rematerialize.harness import (
     time_interleaved,
 )
 from rematerialize.prepare import PreparedStep, home_of, prepare_example
+from rematerialize.targets.factory import blame
 from rematerialize.targets.load import Target
 from rematerialize.torch_budget import TORCH_BUDGETS, PeerError, compiled_under, one_line
 from rematerialize.trial import planned_forward
@@ -86,7 +87,8 @@ class Contest:
         self.start: dict[str, Tensor] = buffer_state(self.target.model)
         self.cells: dict[str, Cell] = {}
         self.steppers: dict[str, Stepper] = {}
-        self.reference: StepResult = run_step(self.eager, seed=SEED, buffers=self.start)
+        with blame(f"a step of {self.target.name}"):
+            self.reference: StepResult = run_step(self.eager, seed=SEED, buffers=self.start)
         self.prepared: PreparedStep | None = None
         self.enter(STORE_ALL, lambda: self.eager)
 

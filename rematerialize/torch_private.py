@@ -56,8 +56,19 @@ disable_autocast = torch._C._DisableAutocast
 tree_flatten = pytree.tree_flatten
 tree_unflatten = pytree.tree_unflatten
 TreeSpec = pytree.TreeSpec
-fake_mode = FakeTensorMode
 DeviceType = torch._C._autograd.DeviceType  # what the profiler's events name devices by
+
+
+@contextlib.contextmanager
+def fake_mode() -> Iterator[None]:
+    """Make every new tensor fake; initializers that read values, which fake tensors lack, do nothing."""
+    own = nn.init._no_grad_trunc_normal_
+    nn.init._no_grad_trunc_normal_ = lambda tensor, *args, **kwargs: tensor
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = own
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from rematerialize.harness import (
 )
 from rematerialize.plans import Plan
 from rematerialize.prepare import home_of, matching_variant, prepare_example
+from rematerialize.targets.factory import blame
 from rematerialize.targets.load import Target
 from rematerialize.trial import planned_forward, undisturbed
 
@@ -137,21 +138,21 @@ def verify(
     ours = replace(eager, call=forward)
     start = buffer_state(target.model)
     with undisturbed(target.model):
-        comparisons, repeats = _compared(eager, ours, start, range(seed, seed + steps))
+        comparisons, repeats = _compared(f"a step of {target.name}", eager, ours, start, range(seed, seed + steps))
         peaks = [_peak(stepper, start, seed) for stepper in (eager, ours)]
     findings = [*_step_findings(comparisons, repeats, splits, rounding), *_peak_findings(plan, peaks[1], size)]
     return Verification(plan, tuple(findings), peaks[0], peaks[1], max(one.max_relative for one in comparisons))
 
 
 def _compared(
-    eager: Stepper, ours: Stepper, start: dict[str, Tensor], seeds: range
+    who: str, eager: Stepper, ours: Stepper, start: dict[str, Tensor], seeds: range
 ) -> tuple[list[Comparison], Comparison]:
     """Compare each planned step with eager's, and eager's first with itself."""
     comparisons = []
     state = start
-    repeats = compare_steps(
-        run_step(eager, seed=seeds[0], buffers=state), run_step(eager, seed=seeds[0], buffers=state)
-    )
+    with blame(who):
+        first, again = (run_step(eager, seed=seeds[0], buffers=state) for _ in range(2))
+    repeats = compare_steps(first, again)
     for seed in seeds:
         reference = run_step(eager, seed=seed, buffers=state)
         comparisons.append(compare_steps(reference, run_step(ours, seed=seed, buffers=state)))

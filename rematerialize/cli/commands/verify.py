@@ -21,6 +21,7 @@ from rematerialize.cli.options import (
     SpecOption,
     TargetArgument,
     check_budgets,
+    existing_file,
 )
 from rematerialize.cli.targets import check_target, load_target
 from rematerialize.plans import Plan
@@ -50,7 +51,7 @@ def verify(
     if plan_file is None:
         check_budgets(budget, activation_budget)
     check_target(target, inputs, dtype)
-    plan = None if plan_file is None else Plan.load(plan_file)
+    plan = None if plan_file is None else Plan.load(existing_file(plan_file, "a plan for --plan"))
     made = load_target(target, inputs, dtype=dtype, device=device, steps="verify")
     console.progress(f"comparing {steps} step(s) of {target} with eager's")
     with contextlib.redirect_stdout(sys.stderr):  # a model that prints must not mix with our data
