@@ -6,11 +6,14 @@ allocator's own events, kernel workspace included; on CUDA it is what the cachin
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -158,7 +161,7 @@ def measure_peak(fn: Callable[[], object], *, device: str = "cpu") -> PeakResult
     gc.collect()
     if torch.device(device).type == "cuda":
         return _measure_cuda_peak(fn, torch.device(device))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with _recorded() as trace:
         fn()
     assert trace.profiler is not None
     results = trace.profiler.kineto_results
@@ -168,6 +171,33 @@ def measure_peak(fn: Callable[[], object], *, device: str = "cpu") -> PeakResult
     on_cpu.sort(key=lambda event: event.start_ns())
     sums = list(accumulate(event.nbytes() for event in on_cpu))
     return PeakResult(max(sums, default=0), sums[-1] if sums else 0, len(sums))
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[Any]:
+    """A profile of the CPU's allocations, without the lines that torch writes to stderr at its start and its end."""
+    trace: Any = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _silenced():
+        trace.__enter__()
+    try:
+        yield trace
+    finally:
+        with _silenced():
+            trace.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Send what native code writes to stderr nowhere."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _measure_cuda_peak(fn: Callable[[], object], device: torch.device) -> PeakResult:

@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from rematerialize import torch_private as private
-from rematerialize.api import choose
-from rematerialize.budget import optimizer_bytes, read_budget
+from rematerialize.api import plan
+from rematerialize.budget import optimizer_bytes
 from rematerialize.capture import FlatInputs
 from rematerialize.prepare import PreparedStep, Progress, bind_inputs, prepare_example
 from rematerialize.report.modules import WHOLE, LiveTensor, ModuleRow, module_rows, top_tensors
 from rematerialize.report.sparkline import sparkline
 from rematerialize.report.table import aligned_table, plan_table
-from rematerialize.report.timeline import Timeline, of_schedule
+from rematerialize.report.timeline import Timeline, kernel_title, of_schedule
 from rematerialize.trial import try_plans
 from rematerialize.units import format_bytes, format_percent, format_seconds, parse_bytes
 
@@ -146,7 +146,7 @@ class Profile:
         rows += [
             ("activations and gradients at the peak", size(self.activation_peak_bytes)),
             ("peak", size(self.peak_bytes)),
-            (f"reached in the {peak['phase']} at", f"{peak['source'] or peak['op']}  {peak['target'].split(' ')[0]}"),
+            (f"reached in the {peak['phase']} at", f"{peak['source'] or peak['op']}  {kernel_title(peak['target'])}"),
             ("in module", peak["module"] or WHOLE),
             ("forward, backward", ", ".join(format_seconds(self.phase_s(phase)) for phase in ("forward", "backward"))),
             ("costs", ("computed for " if self.analytic else "measured on ") + self.device),
@@ -260,9 +260,12 @@ def profile(
         capture_s=prepared.capture_s,
         cost_s=prepared.cost_s,
     )
-    if not measure:
-        return found
-    store_all = choose(model, prepared, read_budget(None, "100%"))
+    return add_measurement(found, model, example_inputs) if measure else found
+
+
+def add_measurement(found: Profile, model: nn.Module, example_inputs: Any) -> Profile:
+    """Run the profiled step, as it is and captured, and note what it really took."""
+    store_all = plan(model, example_inputs, activation_budget="100%")
     eager, (ours,) = try_plans(model, example_inputs, [store_all])
     return replace(found, measured=Measured(ours.peak_bytes, ours.step_s, eager.peak_bytes, eager.step_s))
 

@@ -249,11 +249,14 @@ def spied_default_generator(refuse: Callable[[], None]) -> Iterator[None]:
 _TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 _OUR_FOLDER = os.path.dirname(__file__) + os.sep
 _OUR_MODELS = _OUR_FOLDER + "zoo" + os.sep
+_OUR_RUNNERS = _OUR_MODELS + "runners.py"  # calls the models' blocks: their own lines tell more
 
 
 def is_users(file: str) -> bool:
     """Whether a source file is the user's, for messages: neither torch's nor ours; the zoo counts as theirs."""
-    return not file.startswith((_TORCH_FOLDER, _OUR_FOLDER, contextlib.__file__)) or file.startswith(_OUR_MODELS)
+    if file.startswith(_OUR_MODELS):
+        return file != _OUR_RUNNERS
+    return not file.startswith((_TORCH_FOLDER, _OUR_FOLDER, contextlib.__file__))
 
 
 _CALL_OF_A_MODULE = nn.Module._call_impl.__code__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -82,8 +83,16 @@ def try_plans(
     steppers = [eager, *(replace(eager, call=planned_forward(model, plan, example_inputs)) for plan in plans)]
     with undisturbed(model):
         peaks = [measure_step_peak(stepper, seed=seed, device=str(device)).peak_bytes for stepper in steppers]
-        runs = {str(at): (lambda stepper=stepper: stepper.step(seed)) for at, stepper in enumerate(steppers)}
+        runs = {str(at): functools.partial(stepper.step, seed) for at, stepper in enumerate(steppers)}
         wait = torch.cuda.synchronize if device.type == "cuda" else None
         times = time_interleaved(runs, reference="0", rounds=rounds, synchronize=wait)
     trials = [Trial(peak, times[str(at)].median_s, times[str(at)].ratio) for at, peak in enumerate(peaks)]
     return trials[0], tuple(trials[1:])
+
+
+def planned_peak(model: nn.Module, example_inputs: Any, plan: Plan, *, seed: int = 0) -> int:
+    """Measured peak in bytes of one step under a plan, above what was resident; eager's step isn't run."""
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    stepper = Stepper(model, example_inputs, weightless_loss, planned_forward(model, plan, example_inputs))
+    with undisturbed(model):
+        return measure_step_peak(stepper, seed=seed, device=str(device)).peak_bytes

@@ -13,6 +13,9 @@ from rematerialize.cli.errors import UsageError
 from rematerialize.report.table import aligned_table, plan_table
 from rematerialize.units import format_bytes
 
+_STAGES = {"capture": "capturing the step", "costs": "measuring what ops cost", "solve": "planning"}
+_BAR = 30
+
 
 @dataclass(frozen=True, slots=True)
 class Console:
@@ -51,7 +54,7 @@ class Console:
 
     def pairs(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print names and values under a title."""
-        if not _on_terminal():
+        if not on_terminal():
             print(plan_table(title, rows))
             return
         from rich.table import Table
@@ -65,7 +68,7 @@ class Console:
 
     def table(self, title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> None:
         """Print a table with headers under a title ("" for none)."""
-        if not _on_terminal():
+        if not on_terminal():
             print("\n".join(filter(None, (title, aligned_table(headers, rows, align)))))
             return
         from rich import box
@@ -99,22 +102,31 @@ class Console:
         path.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
         self.progress(f"wrote {path}")
 
-    def counter(self, what: str) -> Callable[[int, int], None]:
-        """A callback ``(done, total)`` that shows a bar on a terminal and nothing elsewhere."""
-        if self.quiet or not sys.stderr.isatty():
-            return lambda done, total: None
-        width = 30
+    def stages(self) -> Callable[[str, int, int], None]:
+        """A callback ``(stage, done, total)``: a line per stage, and a bar for the long ones on a terminal."""
+        told: set[str] = set()
+        bars = sys.stderr.isatty()
 
-        def show(done: int, total: int) -> None:
-            filled = width * done // max(total, 1)
+        def show(stage: str, done: int, total: int) -> None:
+            if self.quiet:
+                return
+            if total <= 1 or not bars:
+                if stage not in told:
+                    told.add(stage)
+                    self.progress(_STAGES[stage])
+                return
+            filled = _BAR * done // total
             end = "\n" if done >= total else ""
-            bar = "━" * filled + "╺" * (width - filled)
-            print(f"\r{what} {bar} {done:,} of {total:,}", end=end, file=sys.stderr, flush=True)
+            bar = "━" * filled + "╺" * (_BAR - filled)
+            print(
+                f"\rrematerialize: {_STAGES[stage]} {bar} {done:,} of {total:,}", end=end, file=sys.stderr, flush=True
+            )
 
         return show
 
 
-def _on_terminal() -> bool:
+def on_terminal() -> bool:
+    """Whether stdout is a terminal, where tables get colour and lines."""
     return sys.stdout.isatty()
 
 

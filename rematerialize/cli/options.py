@@ -43,7 +43,15 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help
 OptimizerOption = Annotated[
     str | None, typer.Option("--optimizer", metavar="NAME", help="Count the state of adamw, sgd and so on.")
 ]
-ReserveOption = Annotated[str, typer.Option("--reserve", metavar="SIZE", help="Kept free for what no plan sees.")]
+ReserveOption = Annotated[str | None, typer.Option("--reserve", metavar="SIZE", help="Kept free besides.")]
+CostCacheOption = Annotated[
+    Path | None,
+    typer.Option("--cost-cache", metavar="FOLDER", help="Where measured costs are kept; by default the user's cache."),
+]
+MeasureOption = Annotated[bool, typer.Option("--measure", help="Also run real steps, and show what they took.")]
+DepthOption = Annotated[
+    int, typer.Option("--depth", metavar="N", min=0, help="Names of a module's path that tell rows apart.")
+]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", metavar="PATH", help="Write the result here.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what -o names.")]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rematerialize.ir import Op
+from rematerialize.report.modules import WHOLE
 from rematerialize.report.table import aligned_table
 from rematerialize.report.timeline import Timeline
 from rematerialize.simulate import Instance
@@ -46,6 +47,10 @@ class OpDecision:
     extra_s: float
     why: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """The decision as JSON-ready data."""
+        return asdict(self)
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleDecision:
@@ -70,20 +75,29 @@ class Explanation:
         """The explanation as JSON-ready data."""
         return {"modules": [asdict(row) for row in self.modules], "ops": [asdict(row) for row in self.ops]}
 
-    def __str__(self) -> str:
-        headers = ("module", "ops", "stored", "recomputed ops", "at most", "extra time")
-        rows = [
+    @property
+    def headers(self) -> tuple[str, ...]:
+        """Of the table of modules."""
+        return ("module", "ops", "stored", "recomputed ops", "at most", "extra time")
+
+    def rows(self, size: Callable[[int], str] = format_bytes) -> list[tuple[str, ...]]:
+        """Rows of the table of modules; ``size`` formats bytes."""
+        return [
             (
-                row.module or "(the model)",
+                row.module or WHOLE,
                 str(row.ops),
-                format_bytes(row.stored_bytes),
-                str(row.recomputed_ops),
+                size(row.stored_bytes) if row.stored_bytes else "-",
+                str(row.recomputed_ops) if row.recomputed_ops else "-",
                 f"{row.most_runs - 1}x" if row.most_runs > 1 else "-",
                 format_seconds(row.extra_s) if row.extra_s else "-",
             )
             for row in self.modules
         ]
-        return aligned_table(headers, rows)
+
+    def __str__(self) -> str:
+        return aligned_table(self.headers, self.rows())
+
+    __repr__ = __str__
 
 
 def explain(timeline: Timeline, depth: int = 2) -> Explanation:

@@ -78,6 +78,19 @@ class Timeline:
         return self.graph.labels.get(storage, storage)
 
 
+def kernel_title(target: str) -> str:
+    """What a kernel is called in a table: its first call that isn't a mere allocation, without torch's decoration.
+
+    >>> kernel_title("aten.empty_strided.default bernoulli_as aten.div.Scalar")
+    'bernoulli_as'
+    >>> kernel_title("aten.addmm.default")
+    'addmm'
+    """
+    calls = target.split(" ")
+    telling = [call for call in calls if not call.startswith(("aten.empty", "aten.new_empty"))]
+    return (telling or calls)[0].removeprefix("aten.").removesuffix(".default")
+
+
 def replay(graph: TrainingGraph, forward: Sequence[str], backward: Sequence[str]) -> Timeline:
     """Replay a schedule into a timeline. O(executed ops + their edges).
 

@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
-from rematerialize.cli.commands import plan, verify, compare, export, solve, zoo, devices, doctor  # isort: skip
+from rematerialize.cli.commands import profile, plan, frontier, max_batch, explain, verify, compare  # isort: skip
+from rematerialize.cli.commands import export, solve, zoo, devices, doctor  # isort: skip
 
-__all__ = ["compare", "devices", "doctor", "export", "plan", "solve", "verify", "zoo"]
+__all__ = [
+    "compare",
+    "devices",
+    "doctor",
+    "explain",
+    "export",
+    "frontier",
+    "max_batch",
+    "plan",
+    "profile",
+    "solve",
+    "verify",
+    "zoo",
+]

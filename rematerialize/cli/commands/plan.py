@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,41 +14,110 @@ from rematerialize.cli.console import Console
 from rematerialize.cli.options import (
     ActivationBudgetOption,
     BudgetOption,
+    CostCacheOption,
+    DepthOption,
+    DeviceOption,
+    DtypeOption,
     ForceOption,
+    OptimizerOption,
     OutputOption,
+    ReserveOption,
+    SpecOption,
     TargetArgument,
     check_budgets,
 )
-from rematerialize.cli.targets import load_target
-from rematerialize.units import format_seconds
+from rematerialize.cli.session import Session, open_session, user_output
+from rematerialize.units import format_percent, format_seconds
+
+if TYPE_CHECKING:
+    from rematerialize.plans import Plan
 
 
 @command
 def plan(
     console: Console,
     target: TargetArgument,
+    inputs: SpecOption = None,
     budget: BudgetOption = None,
     activation_budget: ActivationBudgetOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    optimizer: OptimizerOption = None,
+    reserve: ReserveOption = None,
     output: OutputOption = None,
-    force: ForceOption = False,
     graph_file: Annotated[
         Path | None, typer.Option("--graph", metavar="PATH", help="Also write the graph, for `solve`.")
     ] = None,
+    force: ForceOption = False,
+    depth: DepthOption = 1,
+    cost_cache: CostCacheOption = None,
 ) -> None:
-    """Capture a model's training step and say what it needs under a budget."""
+    """Plan a step under a budget: its peak and overhead beside store-all and full checkpointing, what is kept."""
     check_budgets(budget, activation_budget)
     console.check_output(output, force=force)
     console.check_output(graph_file, force=force)
-    made_of = load_target(target)
-    console.progress(f"capturing and planning {target}")
+    session = open_session(console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache)
     start_s = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr):  # a model that prints must not mix with our data
+    with user_output():
         from rematerialize import api
 
-        made = api.plan(made_of.model, made_of.inputs, budget=budget, activation_budget=activation_budget)
+        made = api.plan(
+            session.target.model,
+            session.target.inputs,
+            budget=budget,
+            activation_budget=activation_budget,
+            optimizer=optimizer,
+            reserve=reserve or 0,
+            **session.options,
+        )
     console.progress(f"planned in {format_seconds(time.perf_counter() - start_s)}")
     if output is not None:
         made.save(output)
+        console.progress(f"wrote {output}")
     if graph_file is not None:
-        graph_file.write_text(made.graph.to_json() + "\n", encoding="utf-8")
-    print(json.dumps(made.to_dict()) if console.as_json else made)
+        console.write(graph_file, made.graph.to_json())
+    if console.as_json:
+        print(json.dumps(made.to_dict()))
+        return
+    _print(console, session, made, depth)
+
+
+def _print(console: Console, session: Session, made: Plan, depth: int) -> None:
+    assert made.prepared is not None
+    full = made.prepared.full_checkpointing()
+    stored_s, stored = made.store_all_time_s, made.store_all_peak_bytes
+
+    def row(name: str, peak: int, time_s: float) -> tuple[str, ...]:
+        return (
+            name,
+            console.size(peak),
+            format_percent(peak / max(stored, 1)),
+            console.size(peak + made.resident_bytes),
+            format_percent(time_s / stored_s - 1 if stored_s else 0.0),
+        )
+
+    console.table(
+        f"Training step of {session.target.name}",
+        ("", "activations", "of store-all", "with residents", "overhead"),
+        [
+            row("store all", stored, stored_s),
+            row("checkpoint every block", full.peak_bytes, full.time_s),
+            row("this plan", made.peak_bytes, made.schedule.time_s),
+        ],
+    )
+    print()
+    console.pairs(
+        "Plan",
+        [
+            ("activation budget", console.size(made.budget_bytes)),
+            ("smallest that works", console.size(made.minimum_bytes)),
+            ("resident besides", console.size(made.resident_bytes)),
+            ("gap to lower bound", "unknown" if made.gap is None else format_percent(made.gap)),
+            ("recomputed ops", f"{made.recomputed} of {len(made.graph.ops)}"),
+            ("solver", made.schedule.solver),
+            ("costs", session.costs),
+        ],
+    )
+    print()
+    explained = made.explain(depth)
+    console.table("What is kept for the backward", explained.headers, explained.rows(console.size))

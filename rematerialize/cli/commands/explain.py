@@ -1,0 +1,65 @@
+"""``explain``: a plan file, module by module and op by op. Without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rematerialize.cli.app import command
+from rematerialize.cli.console import Console
+from rematerialize.cli.errors import UsageError
+from rematerialize.cli.options import DepthOption
+from rematerialize.errors import did_you_mean
+from rematerialize.report.timeline import kernel_title
+from rematerialize.units import format_seconds
+
+
+@command
+def explain(
+    console: Console,
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN.JSON", help="What `plan -o` wrote.")],
+    depth: DepthOption = 2,
+    ops: Annotated[bool, typer.Option("--ops", help="A row per op, not only per module.")] = False,
+    module: Annotated[
+        str | None, typer.Option("--module", metavar="NAME", help="Only this module and those in it, op by op.")
+    ] = None,
+) -> None:
+    """Say per module and op what a plan stores, what it recomputes how often, and why."""
+    from rematerialize.plans import Plan
+
+    explained = Plan.load(plan_file).explain(depth)
+    rows = explained.ops
+    if module is not None:
+        rows = tuple(row for row in rows if row.module == module or row.module.startswith(f"{module}."))
+        if not rows:
+            names = sorted({row.module for row in explained.ops})
+            raise UsageError(f"no module {module!r} in {plan_file}{did_you_mean(module, names)}")
+    if console.as_json:
+        console.data("explain", {**explained.to_dict(), "ops": [row.to_dict() for row in rows]})
+        return
+    if module is None:
+        console.table("Modules", explained.headers, explained.rows(console.size))
+    if module is None and not ops:
+        return
+    if module is None:
+        print()
+    console.table(
+        "Forward ops",
+        ("op", "module", "line", "decision", "runs", "stored", "extra time", "why"),
+        [
+            (
+                kernel_title(row.target),
+                row.module or "(model)",
+                row.source,
+                row.decision,
+                str(row.runs),
+                console.size(row.stored_bytes) if row.stored_bytes else "-",
+                format_seconds(row.extra_s) if row.extra_s else "-",
+                row.why,
+            )
+            for row in rows
+        ],
+        "<<<<>>><",
+    )

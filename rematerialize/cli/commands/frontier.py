@@ -1,0 +1,134 @@
+"""``frontier``: what less memory costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rematerialize.cli.app import command
+from rematerialize.cli.console import Console
+from rematerialize.cli.errors import UsageError
+from rematerialize.cli.options import (
+    CostCacheOption,
+    DeviceOption,
+    DtypeOption,
+    ForceOption,
+    MeasureOption,
+    OutputOption,
+    SpecOption,
+    TargetArgument,
+)
+from rematerialize.cli.session import open_session, user_output
+from rematerialize.units import format_percent, format_seconds
+
+if TYPE_CHECKING:
+    from rematerialize.plans import Plan
+    from rematerialize.trial import Trial
+
+_SUFFIXES = (".html", ".png", ".svg", ".pdf", ".csv")
+
+
+@command
+def frontier(
+    console: Console,
+    target: TargetArgument,
+    inputs: SpecOption = None,
+    points: Annotated[int, typer.Option("--points", metavar="N", min=2, help="At most so many plans.")] = 12,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    measure: MeasureOption = False,
+    output: OutputOption = None,
+    force: ForceOption = False,
+    cost_cache: CostCacheOption = None,
+) -> None:
+    """Plan for falling budgets: the memory / overhead curve, as a table, a page (.html) or a figure (.png, .svg)."""
+    console.check_output(output, force=force)
+    if output is not None and output.suffix.lower() not in _SUFFIXES:
+        raise UsageError(f"expected -o to end in one of {', '.join(_SUFFIXES)}, got {output}")
+    session = open_session(
+        console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache, steps="--measure" if measure else ""
+    )
+    model, example_inputs = session.target.model, session.target.inputs
+    trials: tuple[Trial, ...] = ()
+    with user_output():
+        from rematerialize import api
+
+        plans = api.frontier(model, example_inputs, points=points, **session.options)
+        if measure:
+            from rematerialize.trial import try_plans
+
+            console.progress("running steps")
+            _, trials = try_plans(model, example_inputs, plans)
+    if output is not None:
+        _write(console, output, target, plans)
+    headers, rows = _table(console, plans, trials)
+    if console.as_json:
+        measured = [{"peak_bytes": t.peak_bytes, "step_s": t.step_s, "of_eager": t.ratio} for t in trials]
+        console.data("frontier", {"target": target, "points": [p.metrics() for p in plans], "measured": measured})
+        return
+    console.table(f"Memory and overhead of {target}, costs {session.costs}", headers, rows)
+
+
+def _table(
+    console: Console, plans: tuple[Plan, ...], trials: tuple[Trial, ...]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    headers: tuple[str, ...] = (
+        "activation peak",
+        "of store-all",
+        "with residents",
+        "overhead",
+        "gap",
+        "recomputed ops",
+    )
+    rows: list[tuple[str, ...]] = [
+        (
+            console.size(plan.peak_bytes),
+            format_percent(plan.peak_bytes / max(plan.store_all_peak_bytes, 1)),
+            console.size(plan.peak_bytes + plan.resident_bytes),
+            format_percent(plan.overhead),
+            "-" if plan.gap is None else format_percent(plan.gap),
+            str(plan.recomputed),
+        )
+        for plan in plans
+    ]
+    if trials:
+        headers += ("measured peak", "measured step", "of eager's")
+        rows = [
+            (*row, console.size(trial.peak_bytes), format_seconds(trial.step_s), f"{trial.ratio:.2f}")
+            for row, trial in zip(rows, trials, strict=True)
+        ]
+    return headers, rows
+
+
+def _write(console: Console, output: Path, target: str, plans: tuple[Plan, ...]) -> None:
+    from rematerialize.report.figures import FrontierPoint
+
+    points = [FrontierPoint(plan.budget_bytes, plan.peak_bytes, plan.overhead) for plan in plans]
+    suffix = output.suffix.lower()
+    if suffix == ".html":
+        from rematerialize.report.html import html_report
+
+        chosen = len(plans) // 2
+        plan = plans[chosen]
+        page = html_report(
+            plan.graph,
+            plan.schedule,
+            budget_bytes=plan.budget_bytes,
+            resident_bytes=plan.resident_bytes,
+            frontier=points,
+            chosen=chosen,
+            title=f"Memory and overhead of {target}",
+        )
+        console.write(output, page)
+        return
+    if suffix == ".csv":
+        lines = ["budget_bytes,peak_bytes,overhead"]
+        lines += [f"{point.budget_bytes},{point.peak_bytes},{point.overhead!r}" for point in points]
+        console.write(output, "\n".join(lines))
+        return
+    from rematerialize.report.plot import frontier_figure, save_figure
+
+    save_figure(frontier_figure(points), output)
+    console.progress(f"wrote {output}")

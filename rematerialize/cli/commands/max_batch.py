@@ -1,0 +1,62 @@
+"""``max-batch``: the largest batch that fits, with everything stored and with a plan."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rematerialize.cli.app import command
+from rematerialize.cli.console import Console
+from rematerialize.cli.options import (
+    ActivationBudgetOption,
+    BudgetOption,
+    DeviceOption,
+    DtypeOption,
+    OptimizerOption,
+    ReserveOption,
+    SpecOption,
+    TargetArgument,
+    check_budgets,
+)
+from rematerialize.cli.session import open_session, user_output
+
+
+@command
+def max_batch(
+    console: Console,
+    target: TargetArgument,
+    inputs: SpecOption = None,
+    budget: BudgetOption = None,
+    activation_budget: ActivationBudgetOption = None,
+    batch_dim: Annotated[int, typer.Option("--batch-dim", metavar="N", help="Which dimension is the batch.")] = 0,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    optimizer: OptimizerOption = None,
+    reserve: ReserveOption = None,
+    confirm: Annotated[
+        bool, typer.Option("--confirm/--no-confirm", help="Run one real step at the answer, where the device is here.")
+    ] = True,
+) -> None:
+    """Find the largest batch that fits the budget, without a plan and with one."""
+    check_budgets(budget, activation_budget)
+    session = open_session(console, target, inputs, dtype=dtype, device=device)
+    with user_output():
+        from rematerialize.max_batch import max_batch as find
+
+        found = find(
+            session.target.model,
+            session.target.inputs,
+            budget=budget,
+            activation_budget=activation_budget,
+            batch_dim=batch_dim,
+            reserve=reserve or 0,
+            optimizer=optimizer,
+            device=session.device,
+            confirm=confirm,
+            tell=console.progress,
+        )
+    if console.as_json:
+        console.data("max-batch", {"target": target, **found.to_dict()})
+        return
+    console.pairs(f"Largest batch of {target}", found.rows(console.size))
