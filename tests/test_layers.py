@@ -24,6 +24,7 @@ LAYERS = {
     "torch_private": 2,
     "budget": 2,
     "harness": 3,
+    "torch_budget": 4,
     "simulate": 3,
     "python_state": 3,
     "capture/": 4,
@@ -46,7 +47,9 @@ LAYERS = {
     "doctor": 11,
     "peers": 11,
     "trial": 11,
+    "compare": 12,
     "profile": 12,
+    "verify": 12,
     "cli/": 13,
     "__main__": 14,
 }

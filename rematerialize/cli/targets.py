@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ def load_target(
     batch: int | None = None,
     batch_dim: int = 0,
     fake: bool = False,
+    per_block: bool = False,
     steps: str = "",
 ) -> Target:
     """Make what a command line names; what the target prints goes to stderr.
@@ -49,10 +51,20 @@ def load_target(
         One line: what was expected, and the closest match.
     """
     check_target(target, specs, dtype)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads; its profiler talks on stderr otherwise
     with contextlib.redirect_stdout(sys.stderr):
         from rematerialize.targets.devices import find_device
         from rematerialize.targets.load import load
 
         if steps and (spec := find_device(device).spec) is not None:
             raise TargetError(f"{steps} runs steps, and {spec.name} isn't here: give --device cpu or cuda")
-        return load(target, specs or (), dtype=dtype, device=device, batch=batch, batch_dim=batch_dim, fake=fake)
+        return load(
+            target,
+            specs or (),
+            dtype=dtype,
+            device=device,
+            batch=batch,
+            batch_dim=batch_dim,
+            fake=fake,
+            per_block=per_block,
+        )

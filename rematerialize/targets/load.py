@@ -14,6 +14,7 @@ from rematerialize.analytic import on_fake_tensors
 from rematerialize.cost import DeviceSpec
 from rematerialize.errors import TargetError
 from rematerialize.targets import hf
+from rematerialize.targets.blocks import checkpoint_blocks
 from rematerialize.targets.devices import Device, find_device
 from rematerialize.targets.factory import blame, call_factory
 from rematerialize.targets.inputs import batch_of, make_inputs, resized
@@ -45,6 +46,8 @@ class Target:
         The device whose figures give the costs, when it isn't here.
     batch_dim : int
         The dimension that `with_batch` resizes.
+    note : str
+        Where activation checkpointing was put, if it was.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Target:
     fake: bool = False
     spec: DeviceSpec | None = None
     batch_dim: int = 0
+    note: str = ""
 
     @property
     def batch(self) -> int:
@@ -75,6 +79,7 @@ def load(
     batch_dim: int = 0,
     fake: bool = False,
     seed: int = _SEED,
+    per_block: bool = False,
 ) -> Target:
     """Make what a target names.
 
@@ -94,6 +99,8 @@ def load(
         Make fake tensors whatever the device.
     seed : int
         For the parameters; the global generator is left as it was.
+    per_block : bool
+        With `torch.utils.checkpoint` around each natural block: by hand for most of the zoo, else by `blocks`' rule.
 
     Returns
     -------
@@ -116,7 +123,7 @@ def load(
 
     def make() -> Target:
         with _default_dtype(default):
-            made = _made(name, wanted)
+            made = _made(name, wanted, per_block)
             return made if batch is None else replace(made, batch_dim=batch_dim).with_batch(batch)
 
     with torch.random.fork_rng(devices=[]):
@@ -152,15 +159,25 @@ def _default_dtype(name: str | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _made(name: TargetName, specs: Sequence[InputSpec]) -> Target:
+def _made(name: TargetName, specs: Sequence[InputSpec], per_block: bool) -> Target:
+    by_hand = name.kind == "zoo" and per_block and zoo_entry(name.where).per_block is not None
+    target = _plain(name, specs, by_hand)
+    if per_block:
+        place = "by hand" if by_hand else checkpoint_blocks(target.model)
+        target = replace(target, note=place)
+    return target
+
+
+def _plain(name: TargetName, specs: Sequence[InputSpec], by_hand: bool) -> Target:
     if name.kind == "hf":
         return _checked(name, *hf.make(name, specs), hf.loss_of)
     loss_of: Callable[[Any], Tensor] = default_loss
     if name.kind == "zoo":
         entry = zoo_entry(name.where)
         loss_of = entry.loss_of
+        factory = entry.per_block if by_hand and entry.per_block is not None else entry.make
         with blame(name.text):
-            made: Any = entry.make(name.scale)
+            made: Any = factory(name.scale)
     else:
         made = call_factory(name)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rematerialize.cli.commands import plan, export, solve, zoo, doctor  # isort: skip
+from rematerialize.cli.commands import plan, verify, compare, export, solve, zoo, doctor  # isort: skip
 
-__all__ = ["doctor", "export", "plan", "solve", "zoo"]
+__all__ = ["compare", "doctor", "export", "plan", "solve", "verify", "zoo"]
