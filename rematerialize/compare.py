@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -33,7 +34,7 @@ from rematerialize.prepare import PreparedStep, home_of, prepare_example
 from rematerialize.targets.factory import blame
 from rematerialize.targets.load import Target
 from rematerialize.torch_budget import TORCH_BUDGETS, PeerError, compiled_under, one_line
-from rematerialize.trial import planned_forward
+from rematerialize.trial import planned_forward, undisturbed
 
 ROUNDING = 1e-5  # relative: another order of the same float32 sums
 SEED = 1
@@ -72,16 +73,27 @@ class Contest:
 
     Parameters
     ----------
+    target : Target
+        With real tensors.
     make : callable
         ``make(per_block)`` returns the target anew, with the same parameters.
     say : callable, optional
         Told every cell as it is made.
+    cost_cache : Path, optional
+        Where measured costs are kept.
     """
 
-    def __init__(self, make: Make, say: Callable[[Cell], None] | None = None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        make: Make,
+        say: Callable[[Cell], None] | None = None,
+        cost_cache: Path | None = None,
+    ) -> None:
         self.make = make
+        self.cost_cache = cost_cache
         self.say = say or (lambda cell: None)
-        self.target = make(False)
+        self.target = target
         self.eager = _stepper(self.target)
         self.device = str(home_of(self.target.model))
         self.start: dict[str, Tensor] = buffer_state(self.target.model)
@@ -130,7 +142,7 @@ class Contest:
     def ours(self, request: BudgetRequest | Literal["minimum"]) -> Stepper:
         """A plan of this package; the step is captured once for all of them."""
         if self.prepared is None:
-            self.prepared = prepare_example(self.target.model, self.target.inputs)
+            self.prepared = prepare_example(self.target.model, self.target.inputs, cost_cache=self.cost_cache)
         if request == "minimum":
             request = read_budget(None, self.prepared.minimum())
         made = choose(self.target.model, self.prepared, request)
@@ -161,18 +173,22 @@ def judged(comparison: Comparison) -> Status:
 
 
 def compare(
+    target: Target,
     make: Make,
     requests: Sequence[tuple[str, BudgetRequest]] = (),
     *,
     rounds: int = 5,
     say: Callable[[Cell], None] | None = None,
+    cost_cache: Path | None = None,
 ) -> tuple[Cell, ...]:
     """Run every contestant on one target.
 
     Parameters
     ----------
+    target : Target
+        With real tensors; left as it was.
     make : callable
-        ``make(per_block)`` returns the target anew, with real tensors and the same parameters every time.
+        ``make(per_block)`` returns the target anew, with the same parameters every time.
     requests : sequence of (name, BudgetRequest)
         Budgets for plans of ours; without any: half of store-all's peak, the peak of per-block checkpointing, and
         the least that works.
@@ -180,13 +196,19 @@ def compare(
         Of timing.
     say : callable, optional
         Told every cell before it is timed.
+    cost_cache : Path, optional
+        Where measured costs are kept.
 
     Returns
     -------
     tuple of Cell
         Store-all first.
     """
-    contest = Contest(make, say)
+    with undisturbed(target.model):
+        return _contested(Contest(target, make, say, cost_cache), requests, rounds)
+
+
+def _contested(contest: Contest, requests: Sequence[tuple[str, BudgetRequest]], rounds: int) -> tuple[Cell, ...]:
     per_block = contest.enter(PER_BLOCK, contest.per_block)
     for budget in TORCH_BUDGETS:
         contest.enter(f"torch {budget:g}", partial(contest.torch_budget, budget))

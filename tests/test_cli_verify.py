@@ -70,6 +70,7 @@ BUDGET = ("--activation-budget", "80%")
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_costs: None) -> Path:
     (tmp_path / "verified_net.py").write_text(textwrap.dedent(CODE), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "verified_net", raising=False)
     return tmp_path

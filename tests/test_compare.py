@@ -54,8 +54,13 @@ CODE = """
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_costs: None) -> None:
     (tmp_path / "compared_net.py").write_text(textwrap.dedent(CODE), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "compared_net", raising=False)
+
+
+def contest_of(target: str, say: Callable[[Cell], None] | None = None) -> Contest:
+    return Contest(load(target), lambda per_block: load(target, per_block=per_block), say)
 
 
 def without_torchs(make: Callable[[], Stepper], budget: float) -> Stepper:
@@ -104,7 +109,7 @@ def test_the_comparison_as_data(capfd: pytest.CaptureFixture[str], monkeypatch: 
 
 
 def test_torchs_own_budget_is_compiled_and_judged() -> None:
-    contest = Contest(lambda per_block: load("compared_net:plain", per_block=per_block))
+    contest = contest_of("compared_net:plain")
     cell = contest.enter("torch 0.5", lambda: contest.torch_budget(0.5))
     assert cell.status == "ok", cell.detail
     assert "forward ops recomputed" in cell.detail
@@ -118,14 +123,14 @@ def test_wrong_gradients_are_not_a_result(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(rematerialize.compare, "planned_forward", spoiled)
     seen: list[Cell] = []
-    contest = Contest(lambda per_block: load("compared_net:make", per_block=per_block), seen.append)
+    contest = contest_of("compared_net:make", seen.append)
     cell = contest.enter("ours", lambda: contest.ours("minimum"))
     assert cell.status == "wrong gradients"
     assert [cell.name for cell in seen] == ["store-all", "ours"]
 
 
 def test_what_does_not_fit_says_the_least_that_does() -> None:
-    contest = Contest(lambda per_block: load("compared_net:make", per_block=per_block))
+    contest = contest_of("compared_net:make")
     cell = contest.enter("ours", lambda: contest.ours(read_budget(None, 1)))
     assert cell.status == "doesn't fit"
     assert "the smallest that works is" in cell.detail
@@ -133,7 +138,7 @@ def test_what_does_not_fit_says_the_least_that_does() -> None:
 
 
 def test_a_step_that_is_off_by_more_than_rounding_is_named_by_what_differs() -> None:
-    contest = Contest(lambda per_block: load("compared_net:make", per_block=per_block))
+    contest = contest_of("compared_net:make")
 
     def drawing(x: torch.Tensor) -> torch.Tensor:
         torch.rand(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -51,7 +50,6 @@ def load_target(
         One line: what was expected, and the closest match.
     """
     check_target(target, specs, dtype)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads; its profiler talks on stderr otherwise
     with contextlib.redirect_stdout(sys.stderr):
         from rematerialize.targets.devices import find_device
         from rematerialize.targets.load import load

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,12 +12,14 @@ from rematerialize.cli.console import Console
 from rematerialize.cli.options import (
     ActivationBudgetOption,
     BudgetOption,
+    CostCacheOption,
     DeviceOption,
     DtypeOption,
     SpecOption,
     TargetArgument,
     check_budgets,
 )
+from rematerialize.cli.session import open_session, user_output
 from rematerialize.cli.targets import check_target, load_target
 from rematerialize.units import format_percent, format_seconds
 
@@ -39,6 +39,7 @@ def compare(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Timed rounds.")] = 5,
+    cost_cache: CostCacheOption = None,
 ) -> None:
     """Measure a target's step as it is, checkpointed per block, under torch's own budget, and under ours.
 
@@ -46,17 +47,19 @@ def compare(
     """
     check_budgets(budget, activation_budget, required=False)
     check_target(target, inputs, dtype)
-    load_target(target, inputs, dtype=dtype, device=device, steps="compare")  # its errors end the run
-    with contextlib.redirect_stdout(sys.stderr):  # a model that prints must not mix with our data
+    session = open_session(console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache, steps="compare")
+    with user_output():
         from rematerialize import compare as contest
         from rematerialize.budget import read_budget
 
         asked = budget or activation_budget
         requests = [(asked, read_budget(budget, activation_budget))] if asked else []
         cells = contest.compare(
+            session.target,
             lambda per_block: load_target(target, inputs, dtype=dtype, device=device, per_block=per_block),
             requests,
             rounds=rounds,
+            cost_cache=session.options["cost_cache"],
             say=lambda cell: console.progress(f"{cell.name}: {cell.status}"),
         )
     if console.as_json:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +14,7 @@ from rematerialize.cli.errors import MISMATCH, UsageError
 from rematerialize.cli.options import (
     ActivationBudgetOption,
     BudgetOption,
+    CostCacheOption,
     DeviceOption,
     DtypeOption,
     SpecOption,
@@ -23,7 +22,8 @@ from rematerialize.cli.options import (
     check_budgets,
     existing_file,
 )
-from rematerialize.cli.targets import check_target, load_target
+from rematerialize.cli.session import open_session, user_output
+from rematerialize.cli.targets import check_target
 from rematerialize.plans import Plan
 
 
@@ -44,6 +44,7 @@ def verify(
     up_to_rounding: Annotated[
         bool, typer.Option("--up-to-rounding", help="Accept differences of rounding, for steps that aren't bit-equal.")
     ] = False,
+    cost_cache: CostCacheOption = None,
 ) -> None:
     """Run eager and planned steps and compare all that they do, bit for bit; exits with 4 on a mismatch."""
     if plan_file is not None and (budget is not None or activation_budget is not None):
@@ -52,14 +53,22 @@ def verify(
         check_budgets(budget, activation_budget)
     check_target(target, inputs, dtype)
     plan = None if plan_file is None else Plan.load(existing_file(plan_file, "a plan for --plan"))
-    made = load_target(target, inputs, dtype=dtype, device=device, steps="verify")
+    session = open_session(console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache, steps="verify")
     console.progress(f"comparing {steps} step(s) of {target} with eager's")
-    with contextlib.redirect_stdout(sys.stderr):  # a model that prints must not mix with our data
+    with user_output():
         from rematerialize import verify as judge
         from rematerialize.budget import read_budget
 
         asked = plan or read_budget(budget, activation_budget)
-        result = judge.verify(made, asked, steps=steps, seed=seed, rounding=up_to_rounding, size=console.size)
+        result = judge.verify(
+            session.target,
+            asked,
+            steps=steps,
+            seed=seed,
+            rounding=up_to_rounding,
+            size=console.size,
+            cost_cache=session.options["cost_cache"],
+        )
     if console.as_json:
         content = {"passed": result.passed, "steps": steps, "seed": seed, "max_relative": result.max_relative}
         content |= {"budget_bytes": result.plan.budget_bytes, "predicted_peak_bytes": result.plan.peak_bytes}
