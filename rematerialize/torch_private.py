@@ -321,6 +321,8 @@ def trace_joint(function: Callable[..., Sequence[Tensor]], primals: Sequence[Ten
         _recorded_sources(),
         functorch_config.patch(backward_pass_autocast="off"),
     ):
+        # A hit in its cache makes two tensors of outputs that are one, so that a trace would depend on those before it.
+        FakeTensorMode.cache_clear()
         joint = aot_export_joint_with_descriptors(stack, _FlatModule(function), tuple(primals), {})
         return _read_joint(joint, len(primals))
 
