@@ -56,8 +56,19 @@ disable_autocast = torch._C._DisableAutocast
 tree_flatten = pytree.tree_flatten
 tree_unflatten = pytree.tree_unflatten
 TreeSpec = pytree.TreeSpec
-fake_mode = FakeTensorMode
 DeviceType = torch._C._autograd.DeviceType  # what the profiler's events name devices by
+
+
+@contextlib.contextmanager
+def fake_mode() -> Iterator[None]:
+    """Make every new tensor fake; initializers that read values, which fake tensors lack, do nothing."""
+    own = nn.init._no_grad_trunc_normal_
+    nn.init._no_grad_trunc_normal_ = lambda tensor, *args, **kwargs: tensor
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = own
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +321,8 @@ def trace_joint(function: Callable[..., Sequence[Tensor]], primals: Sequence[Ten
         _recorded_sources(),
         functorch_config.patch(backward_pass_autocast="off"),
     ):
+        # A hit in its cache makes two tensors of outputs that are one, so that a trace would depend on those before it.
+        FakeTensorMode.cache_clear()
         joint = aot_export_joint_with_descriptors(stack, _FlatModule(function), tuple(primals), {})
         return _read_joint(joint, len(primals))
 

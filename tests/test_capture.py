@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 import rematerialize as remat
 from rematerialize.capture import Kernel, capture, normalize
 from rematerialize.capture.aliasing import find_aliases, tensors_of
-from rematerialize.prepare import PreparedStep, bind_inputs, prepare
+from rematerialize.prepare import PreparedStep, bind_inputs, matching_variant, prepare, prepare_example
 from tests.twins import assert_same_step, at_minimum, run_by, step_of, twins
 from tests.zoo_small import LSTM, SMALL, Loss, images, rows
 
@@ -375,3 +375,11 @@ def test_an_lstm_that_is_planned_whole_is_eagers_bit_for_bit() -> None:
     x = rows(40 * 4, 16).reshape(40, 4, 16)
     for turn in range(2):
         assert_same_step(step_of(eager, x, seed=turn), step_of(ours, x, seed=turn))
+
+
+def test_a_step_captured_again_is_the_same_step(quick_costs: None) -> None:
+    """Torch's cache of fake results, warm from the first trace, must not show: plans are carried between processes."""
+    model, inputs = nn.LSTM(8, 8), (torch.randn(40, 2, 8),)
+    first, second = (prepare_example(model, inputs) for _ in range(2))
+    for before, after in zip(first.variants(), second.variants(), strict=True):
+        assert matching_variant(after, before.graph) is after

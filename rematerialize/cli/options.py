@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rematerialize.cli.errors import UsageError
+from rematerialize.errors import did_you_mean
 from rematerialize.units import parse_budget
 
 TargetArgument = Annotated[
@@ -65,3 +66,12 @@ def check_budgets(budget: str | None, activation_budget: str | None, *, required
         parse_budget(budget, name="--budget", allow_auto=True)
     if activation_budget is not None:
         parse_budget(activation_budget, name="--activation-budget")
+
+
+def existing_file(path: Path, what: str) -> Path:
+    """Refuse a path at which there is no file, naming the closest that is there."""
+    if path.is_file():
+        return path
+    there = [found.name for found in path.parent.iterdir() if found.is_file()] if path.parent.is_dir() else []
+    is_folder = " (that is a folder)" if path.is_dir() else ""
+    raise UsageError(f"expected {what}, but there is no file {path}{is_folder}{did_you_mean(path.name, there)}")

@@ -32,6 +32,7 @@ def load_target(
     batch: int | None = None,
     batch_dim: int = 0,
     fake: bool = False,
+    per_block: bool = False,
     steps: str = "",
 ) -> Target:
     """Make what a command line names; what the target prints goes to stderr.
@@ -55,4 +56,13 @@ def load_target(
 
         if steps and (spec := find_device(device).spec) is not None:
             raise TargetError(f"{steps} runs steps, and {spec.name} isn't here: give --device cpu or cuda")
-        return load(target, specs or (), dtype=dtype, device=device, batch=batch, batch_dim=batch_dim, fake=fake)
+        return load(
+            target,
+            specs or (),
+            dtype=dtype,
+            device=device,
+            batch=batch,
+            batch_dim=batch_dim,
+            fake=fake,
+            per_block=per_block,
+        )

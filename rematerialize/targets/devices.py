@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -63,4 +64,10 @@ def _cuda(text: str, index: int) -> str:
 
 
 def _is_here(spec: DeviceSpec) -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_name(0).startswith(spec.name)
+    """Is it the first GPU: "NVIDIA A100 80GB" is what torch calls "NVIDIA A100-SXM4-80GB", of about that memory."""
+    if not torch.cuda.is_available():
+        return False
+    words = set(re.split(r"[^A-Za-z0-9]+", torch.cuda.get_device_name(0)))
+    memory = torch.cuda.get_device_properties(0).total_memory
+    alike = abs(memory - spec.memory_bytes) < 0.15 * spec.memory_bytes
+    return alike and set(spec.name.split()[:-1]) <= words

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,13 +33,13 @@ def blame(who: str) -> Iterator[None]:
         raise TargetError(f"{who} raised {type(error).__name__}: {error}{where}") from error
 
 
-def call_factory(name: TargetName) -> Any:
-    """Import what a target of kind "module" or "file" names, and call it.
+def find_factory(name: TargetName) -> Callable[[], Any]:
+    """Import what a target of kind "module" or "file" names.
 
     Raises
     ------
     TargetError
-        If there is no such module or function, or it raises.
+        If there is no such module or function, or importing it raises.
     """
     found: Any = _from_file(Path(name.where)) if name.kind == "file" else _from_module(name)
     for part in name.function.split("."):
@@ -49,8 +49,8 @@ def call_factory(name: TargetName) -> Any:
         found = getattr(found, part)
     if not callable(found) or (hasattr(found, "named_parameters") and not isinstance(found, type)):
         raise TargetError(f"the factory {name.text!r} is a {type(found).__name__}; it must be a function")
-    with blame(f"the factory {name.text}"):
-        return found()
+    factory: Callable[[], Any] = found
+    return factory
 
 
 def _from_module(name: TargetName) -> ModuleType:

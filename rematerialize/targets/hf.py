@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from rematerialize.errors import TargetError, did_you_mean
 from rematerialize.targets.factory import blame
@@ -38,7 +39,7 @@ _CLASSIFIES = (
 )
 
 
-def make(name: TargetName, specs: Sequence[InputSpec]) -> tuple[nn.Module, dict[str, Any]]:
+def make(name: TargetName, specs: Sequence[InputSpec], seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of a configuration file in train mode, and its example inputs.
 
     Raises
@@ -50,6 +51,7 @@ def make(name: TargetName, specs: Sequence[InputSpec]) -> tuple[nn.Module, dict[
     path = Path(name.where)
     config = _config(transformers, path)
     with blame(f"making the model of {name.text}"):
+        torch.manual_seed(seed)
         model: nn.Module = _build(transformers, config, path).train()
     parameters = inspect.signature(model.forward).parameters
     wanted = [*specs] if specs else _default_specs(model, config, name)
@@ -68,13 +70,6 @@ def make(name: TargetName, specs: Sequence[InputSpec]) -> tuple[nn.Module, dict[
     if "return_loss" in parameters:
         inputs["return_loss"] = True
     return model, inputs
-
-
-def loss_of(outputs: Any) -> Tensor:
-    """The loss among the outputs, or what `load.default_loss` finds."""
-    from rematerialize.targets.load import default_loss
-
-    return default_loss(outputs)
 
 
 def _transformers() -> Any:
@@ -152,8 +147,6 @@ def _default_specs(model: Any, config: Any, name: TargetName) -> list[InputSpec]
 
 
 def _default_dtype() -> str:
-    import torch
-
     return str(torch.get_default_dtype()).removeprefix("torch.")
 
 

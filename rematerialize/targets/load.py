@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from rematerialize.analytic import on_fake_tensors
 from rematerialize.cost import DeviceSpec
 from rematerialize.errors import TargetError
 from rematerialize.targets import hf
+from rematerialize.targets.blocks import checkpoint_blocks
 from rematerialize.targets.devices import Device, find_device
-from rematerialize.targets.factory import blame, call_factory
+from rematerialize.targets.factory import blame, find_factory
 from rematerialize.targets.inputs import batch_of, make_inputs, resized
 from rematerialize.targets.names import TargetName, parse_target, zoo_entry
 from rematerialize.targets.specs import InputSpec, parse_dtype, parse_specs
@@ -45,6 +47,8 @@ class Target:
         The device whose figures give the costs, when it isn't here.
     batch_dim : int
         The dimension that `with_batch` resizes.
+    note : str
+        Where activation checkpointing was put, if it was.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Target:
     fake: bool = False
     spec: DeviceSpec | None = None
     batch_dim: int = 0
+    note: str = ""
 
     @property
     def batch(self) -> int:
@@ -75,6 +80,7 @@ def load(
     batch_dim: int = 0,
     fake: bool = False,
     seed: int = _SEED,
+    per_block: bool = False,
 ) -> Target:
     """Make what a target names.
 
@@ -94,6 +100,8 @@ def load(
         Make fake tensors whatever the device.
     seed : int
         For the parameters; the global generator is left as it was.
+    per_block : bool
+        With `torch.utils.checkpoint` around each natural block: by hand for most of the zoo, else by `blocks`' rule.
 
     Returns
     -------
@@ -116,13 +124,11 @@ def load(
 
     def make() -> Target:
         with _default_dtype(default):
-            made = _made(name, wanted)
+            made = _made(name, wanted, per_block, seed)
             return made if batch is None else replace(made, batch_dim=batch_dim).with_batch(batch)
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        with _faking(target) if fake else contextlib.nullcontext():
-            made = on_fake_tensors(make) if fake else _placed(make(), device, found)
+    with torch.random.fork_rng(devices=[]), _faking(target) if fake else contextlib.nullcontext():
+        made = on_fake_tensors(make) if fake else _placed(make(), device, found)
     return replace(made, fake=fake, spec=found.spec, batch_dim=batch_dim)
 
 
@@ -152,17 +158,30 @@ def _default_dtype(name: str | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _made(name: TargetName, specs: Sequence[InputSpec]) -> Target:
+def _made(name: TargetName, specs: Sequence[InputSpec], per_block: bool, seed: int) -> Target:
+    by_hand = name.kind == "zoo" and per_block and zoo_entry(name.where).per_block is not None
+    target = _plain(name, specs, by_hand, seed)
+    if per_block:
+        place = "by hand" if by_hand else checkpoint_blocks(target.model)
+        target = replace(target, note=place)
+    return target
+
+
+def _plain(name: TargetName, specs: Sequence[InputSpec], by_hand: bool, seed: int) -> Target:
     if name.kind == "hf":
-        return _checked(name, *hf.make(name, specs), hf.loss_of)
-    loss_of: Callable[[Any], Tensor] = default_loss
+        return _checked(name, *hf.make(name, specs, seed), default_loss)
     if name.kind == "zoo":
         entry = zoo_entry(name.where)
-        loss_of = entry.loss_of
-        with blame(name.text):
-            made: Any = entry.make(name.scale)
+        loss_of, who = entry.loss_of, name.text
+        factory: Callable[[], Any] = partial(
+            entry.per_block if by_hand and entry.per_block is not None else entry.make, name.scale
+        )
     else:
-        made = call_factory(name)
+        loss_of, who = default_loss, f"the factory {name.text}"
+        factory = find_factory(name)
+    with blame(who):
+        torch.manual_seed(seed)  # not before: what is imported may draw, at the first import only
+        made: Any = factory()
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         what = f"{len(made)} values" if isinstance(made, tuple) else f"a {type(made).__name__}"

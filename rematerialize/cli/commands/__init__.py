@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
-from rematerialize.cli.commands import profile, plan, frontier, max_batch, explain, export, solve, zoo, doctor  # isort: skip
+from rematerialize.cli.commands import profile, plan, frontier, max_batch, explain, verify, compare  # isort: skip
+from rematerialize.cli.commands import export, solve, zoo, devices, doctor  # isort: skip
 
-__all__ = ["doctor", "explain", "export", "frontier", "max_batch", "plan", "profile", "solve", "zoo"]
+__all__ = [
+    "compare",
+    "devices",
+    "doctor",
+    "explain",
+    "export",
+    "frontier",
+    "max_batch",
+    "plan",
+    "profile",
+    "solve",
+    "verify",
+    "zoo",
+]

@@ -1,0 +1,209 @@
+"""A plan against eager: the same loss, gradients, buffers and generator, and the peak that was promised.
+
+Steps are run by `harness`, which shares nothing with what made the plan. Equal means bit for bit. Two kinds of plans
+are equal up to rounding only: those that split a fused recurrence over time, whose weight gradients add up in another
+order, and, when the caller allows it, those of a step that the capture itself rounds otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from rematerialize.api import choose
+from rematerialize.budget import BudgetRequest
+from rematerialize.harness import (
+    Comparison,
+    Stepper,
+    buffer_state,
+    compare_steps,
+    measure_step_peak,
+    restore_buffers,
+    run_step,
+    weightless_loss,
+)
+from rematerialize.plans import Plan
+from rematerialize.prepare import home_of, matching_variant, prepare_example
+from rematerialize.targets.factory import blame
+from rematerialize.targets.load import Target
+from rematerialize.trial import planned_forward, undisturbed
+
+ROUNDING = 2e-6  # of a tensor's largest magnitude: what float32 sums of some thousand terms differ by in another order
+PEAK_TOLERANCE = 0.01  # between the predicted and the measured peak, plus the next line
+PEAK_SLACK_BYTES = 64 * 1024
+
+Verdict = Literal["equal", "equal up to rounding", "kept", "close", "off", "DIFFERENT", "EXCEEDED"]
+_FAILED = frozenset({"DIFFERENT", "EXCEEDED"})
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of a verification.
+
+    Attributes
+    ----------
+    what : str
+        What was compared.
+    verdict : str
+        In capitals when it breaks the promise.
+    detail : str
+        How it was found, or how far off it is.
+    """
+
+    what: str
+    verdict: Verdict
+    detail: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the promise was kept."""
+        return self.verdict not in _FAILED
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What became of a plan's promises.
+
+    Attributes
+    ----------
+    plan : Plan
+        What was held against eager.
+    findings : tuple of Finding
+    eager_peak_bytes, planned_peak_bytes : int
+        Measured, in the activation scope, a gradient for every output included.
+    max_relative : float
+        Over loss and gradients of all steps, relative to the largest magnitude of each of eager's tensors.
+    """
+
+    plan: Plan
+    findings: tuple[Finding, ...]
+    eager_peak_bytes: int
+    planned_peak_bytes: int
+    max_relative: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether all promises were kept."""
+        return all(finding.passed for finding in self.findings)
+
+
+def verify(
+    target: Target,
+    plan: Plan | BudgetRequest,
+    *,
+    steps: int = 1,
+    seed: int = 0,
+    rounding: bool = False,
+    size: Callable[[int], str] = "{:,} B".format,
+    cost_cache: Path | None = None,
+) -> Verification:
+    """Run eager and planned steps from the same state and compare all that they leave behind.
+
+    Parameters
+    ----------
+    target : Target
+        With real tensors; left as it was.
+    plan : Plan or BudgetRequest
+        Made for this target, in this process or another; or a budget to plan for now.
+    steps : int
+        How many, at seeds ``seed``, ``seed + 1`` and so on; each begins with the buffers that the one before left.
+    rounding : bool
+        Accept differences up to `ROUNDING` whatever the plan.
+    size : callable
+        Writes bytes.
+    cost_cache : Path, optional
+        Where measured costs are kept.
+
+    Returns
+    -------
+    Verification
+
+    Raises
+    ------
+    PlanMismatchError
+        If the plan belongs to another model, input shape or torch version.
+    BudgetError
+        If nothing fits the budget.
+    """
+    prepared = prepare_example(target.model, target.inputs, cost_cache=cost_cache)
+    if isinstance(plan, BudgetRequest):
+        plan = choose(target.model, prepared, plan)
+    splits = matching_variant(prepared, plan.graph) is not prepared
+    eager = Stepper(target.model, target.inputs, target.loss_of)
+    forward = planned_forward(target.model, replace(plan, prepared=prepared), target.inputs)
+    ours = replace(eager, call=forward)
+    start = buffer_state(target.model)
+    with undisturbed(target.model):
+        comparisons, repeats = _compared(f"a step of {target.name}", eager, ours, start, range(seed, seed + steps))
+        peaks = [_peak(stepper, start, seed) for stepper in (eager, ours)]
+    findings = [*_step_findings(comparisons, repeats, splits, rounding), *_peak_findings(plan, peaks[1], size)]
+    return Verification(plan, tuple(findings), peaks[0], peaks[1], max(one.max_relative for one in comparisons))
+
+
+def _compared(
+    who: str, eager: Stepper, ours: Stepper, start: dict[str, Tensor], seeds: range
+) -> tuple[list[Comparison], Comparison]:
+    """Compare each planned step with eager's, and eager's first with itself."""
+    comparisons = []
+    state = start
+    with blame(who):
+        first, again = (run_step(eager, seed=seeds[0], buffers=state) for _ in range(2))
+    repeats = compare_steps(first, again)
+    for seed in seeds:
+        reference = run_step(eager, seed=seed, buffers=state)
+        comparisons.append(compare_steps(reference, run_step(ours, seed=seed, buffers=state)))
+        state = reference.buffers
+    return comparisons, repeats
+
+
+def _peak(stepper: Stepper, start: dict[str, Tensor], seed: int) -> int:
+    """The model's own peak: the loss asks for a gradient of every output, as the plan assumes, and holds nothing."""
+    restore_buffers(stepper.module, start)
+    device = str(home_of(stepper.module))
+    return measure_step_peak(replace(stepper, loss_of=weightless_loss), seed=seed, device=device).peak_bytes
+
+
+def _step_findings(comparisons: list[Comparison], repeats: Comparison, splits: bool, rounding: bool) -> list[Finding]:
+    steps = f"{len(comparisons)} step{'s' if len(comparisons) > 1 else ''}"
+    findings = []
+    if not repeats.exact:
+        detail = f"eager doesn't repeat itself: {repeats.describe()}; bits can't be compared"
+        findings.append(Finding("eager", "off", detail))
+    worst = max(comparisons, key=lambda one: one.max_relative)
+    allowed = (splits or rounding or not repeats.exact) and worst.max_relative <= max(ROUNDING, repeats.max_relative)
+    reason = "recurrences run split over time" if splits else f"within {ROUNDING:.0e} of the largest magnitude"
+    apart = f"up to {worst.max_relative:.1e} apart ({worst.worst})"
+    way = "; that is rounding: --up-to-rounding accepts it" if worst.max_relative <= ROUNDING else ""
+    for what, equal in (
+        ("loss", [one.loss_equal for one in comparisons]),
+        ("gradients", [one.gradients_equal for one in comparisons]),
+    ):
+        if all(equal):
+            findings.append(Finding(what, "equal", f"bit for bit, {steps}"))
+        elif allowed:
+            findings.append(Finding(what, "equal up to rounding", f"{apart}: {reason}"))
+        else:
+            findings.append(Finding(what, "DIFFERENT", f"{equal.count(False)} of {steps} differ, {apart}{way}"))
+    for what, equal in (
+        ("buffers", [one.buffers_equal for one in comparisons]),
+        ("generator", [one.generators_equal for one in comparisons]),
+    ):
+        verdict: Verdict = "equal" if all(equal) else "DIFFERENT"
+        detail = f"as eager leaves them, {steps}" if all(equal) else f"{equal.count(False)} of {steps} differ"
+        findings.append(Finding(what, verdict, detail))
+    return findings
+
+
+def _peak_findings(plan: Plan, measured: int, size: Callable[[int], str]) -> list[Finding]:
+    over = measured - plan.budget_bytes
+    kept = f"{size(measured)} measured, {size(plan.budget_bytes)} allowed"
+    budget = Finding("peak and budget", "kept", kept) if over <= 0 else Finding("peak and budget", "EXCEEDED", kept)
+    off = abs(plan.peak_bytes - measured)
+    near = off <= PEAK_TOLERANCE * measured + PEAK_SLACK_BYTES
+    detail = f"{size(measured)} measured, {size(plan.peak_bytes)} predicted"
+    prediction = Finding("peak and prediction", "equal" if not off else "close" if near else "off", detail)
+    return [budget, prediction]

@@ -1,0 +1,228 @@
+"""``verify``: every promise of a plan is looked at, and a broken one is exit code 4."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rematerialize.verify
+from rematerialize.budget import read_budget
+from rematerialize.plans import Plan
+from rematerialize.targets.load import load
+from rematerialize.trial import planned_forward
+from tests.cli import call
+
+CODE = """
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.layers = nn.Sequential(*[
+                part for _ in range(3) for part in (nn.Linear(width, width), nn.BatchNorm1d(width), nn.Dropout(0.1))
+            ])
+        def forward(self, x):
+            print("rematerialize: a model that prints")
+            return self.layers(x)
+
+    def make():
+        return Net(32), (torch.ones(64, 32).cumsum(0),)
+
+    def wider():
+        return Net(48), (torch.ones(64, 48),)
+
+    def lstm():
+        return nn.LSTM(16, 16), (torch.randn(40, 8, 16),)
+
+    class Moody(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+        def forward(self, x):
+            if not torch.compiler.is_compiling():
+                raise ValueError("not in this mood")
+            return self.layer(x).relu()
+
+    def moody():
+        return Moody(), (torch.ones(4, 4),)
+
+    def raises():
+        class Broken(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+            def forward(self, x):
+                raise ValueError("no such table")
+        return Broken(), (torch.ones(4, 4),)
+"""
+BUDGET = ("--activation-budget", "80%")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_costs: None) -> Path:
+    (tmp_path / "verified_net.py").write_text(textwrap.dedent(CODE), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "verified_net", raising=False)
+    return tmp_path
+
+
+def test_a_good_plan_passes_line_by_line(capfd: pytest.CaptureFixture[str]) -> None:
+    said = call(capfd, "verify", "verified_net:make", *BUDGET, "--steps", "3")
+    lines = [line.split("  ")[0] for line in said.stdout.splitlines()]
+    assert lines[-6:] == ["loss", "gradients", "buffers", "generator", "peak and budget", "peak and prediction"]
+    assert said.stdout.count("bit for bit, 3 steps") == 2
+    assert "prints" not in said.stdout
+
+
+def test_a_plan_from_a_file_passes_and_its_figures_are_data(capfd: pytest.CaptureFixture[str]) -> None:
+    call(capfd, "plan", "verified_net:make", *BUDGET, "-o", "plan.json")
+    found = call(capfd, "verify", "verified_net:make", "--plan", "plan.json", "--json").json()
+    assert found["schema"] == "rematerialize.verification/1"
+    assert found["passed"] is True
+    assert found["planned_peak_bytes"] <= found["budget_bytes"] < found["eager_peak_bytes"]
+    assert {finding["verdict"] for finding in found["findings"]} <= {"equal", "kept", "close"}
+
+
+class Spoiled(nn.Module):
+    """A plan's forward that does one thing more than it should."""
+
+    def __init__(self, forward: Callable[..., Any], model: nn.Module, what: str) -> None:
+        super().__init__()
+        self.wrapped, self.what = forward, what
+        self.kept: list[torch.Tensor] = []
+        self.norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm1d))
+
+    def forward(self, *args: Any) -> Any:
+        if self.what == "generator":
+            torch.rand(1)
+        outputs = self.wrapped(*args)
+        if self.what == "gradients":
+            outputs.register_hook(lambda gradient: gradient * 1.001)
+        elif self.what == "loss":
+            outputs = outputs + 1
+        elif self.what == "buffers":
+            self.norm.num_batches_tracked += 1  # type: ignore[operator]
+        elif self.what == "peak":
+            self.kept.append(torch.empty(2**20))
+        return outputs
+
+
+def spoiled_by(what: str) -> Callable[[nn.Module, Plan, Any], Callable[..., Any]]:
+    def forward_of(model: nn.Module, plan: Plan, inputs: Any) -> Callable[..., Any]:
+        return Spoiled(planned_forward(model, plan, inputs), model, what)
+
+    return forward_of
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("gradients", "gradients"),
+        ("loss", "loss"),
+        ("buffers", "buffers"),
+        ("generator", "generator"),
+        ("peak", "peak and budget"),
+    ],
+)
+def test_a_step_that_is_not_eagers_is_exit_code_4(
+    what: str, line: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rematerialize.verify, "planned_forward", spoiled_by(what))
+    found = call(capfd, "verify", "verified_net:make", *BUDGET, "--json", code=4).json()
+    broken = [finding["what"] for finding in found["findings"] if not finding["passed"]]
+    assert line in broken
+    assert found["passed"] is False
+
+
+def test_values_that_differ_can_not_be_excused_as_rounding(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rematerialize.verify, "planned_forward", spoiled_by("gradients"))
+    call(capfd, "verify", "verified_net:make", *BUDGET, "--up-to-rounding", code=4)
+
+
+def test_a_recurrence_that_runs_split_is_equal_up_to_rounding_and_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    said = call(capfd, "verify", "verified_net:lstm", "--activation-budget", "40%")
+    assert "recurrences run split over time" in said.stdout
+    assert "equal up to rounding" in said.stdout
+
+
+def test_the_target_is_left_as_it_was() -> None:
+    target = load("verified_net:make")
+    before = {name: value.clone() for name, value in target.model.state_dict().items()}
+    state = torch.get_rng_state()
+    rematerialize.verify.verify(target, read_budget(None, "70%"))
+    assert all(torch.equal(value, before[name]) for name, value in target.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in target.model.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("verified_net:make",), "expected one of --budget and --activation-budget, got none"),
+        (("verified_net:make", *BUDGET, "--plan", "plan.json"), "expected a --plan or a budget, got both"),
+        (("verified_net:make", "--plan", "plam.json"), "there is no file plam.json; did you mean 'plan.json'?"),
+        (("verified_net:make", "--plan", "."), "that is a folder"),
+        (("verified_net:make", "--plan", "junk.json"), "junk.json is not a plan"),
+        (("verified_net:wider", "--plan", "plan.json"), "this plan belongs to another model"),
+        (("zoo:gcn", "--plan", "plan.json"), "this plan belongs to another model"),
+        (("zoo:gtp", *BUDGET), "got 'gtp'; did you mean 'gpt'?"),
+        (("verified_net:make", *BUDGET, "--device", "NVIDIA H100 80GB"), "verify runs steps"),
+        (("verified_net:make", *BUDGET, "--device", "cpuu"), "did you mean 'cpu'?"),
+        (("verified_net:make", *BUDGET, "--dtype", "bfloat15"), "did you mean 'bfloat16'?"),
+        (("verified_net:make", *BUDGET, "--input", "x=flaot[2,2]"), "did you mean 'float'?"),
+        (("verified_net:make", *BUDGET, "--steps", "0"), "--steps"),
+        (("verified_net:make", *BUDGET, "--stepps", "2"), "--stepps"),
+    ],
+)
+def test_what_can_not_be_verified_is_one_line(
+    args: tuple[str, ...], says: str, capfd: pytest.CaptureFixture[str], here: Path
+) -> None:
+    (here / "plan.json").write_text(saved_plan(capfd), encoding="utf-8")
+    (here / "junk.json").write_text("{}", encoding="utf-8")
+    said = call(capfd, "verify", *args, code=2)
+    assert says in said.error()
+    assert said.stdout == ""
+
+
+_SAVED: list[str] = []
+
+
+def saved_plan(capfd: pytest.CaptureFixture[str]) -> str:
+    """The text of a plan for the target, made once."""
+    if not _SAVED:
+        call(capfd, "plan", "verified_net:make", *BUDGET, "-o", "once.json")
+        _SAVED.append(Path("once.json").read_text(encoding="utf-8"))
+    return _SAVED[0]
+
+
+def test_what_does_not_fit_is_exit_code_3(capfd: pytest.CaptureFixture[str]) -> None:
+    said = call(capfd, "verify", "verified_net:make", "--activation-budget", "1B", code=3)
+    assert said.json()["minimum_bytes"] > 1
+
+
+def test_a_targets_own_exception_is_shown_as_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    said = call(capfd, "verify", "verified_net:raises", *BUDGET, code=5)
+    assert "no such table" in said.error()
+
+
+@pytest.mark.parametrize(
+    "command", [("verify", "--activation-budget", "100%"), ("compare",)], ids=["verify", "compare"]
+)
+def test_a_step_that_raises_in_eager_is_the_targets_own_failure(
+    command: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = call(capfd, command[0], "verified_net:moody", *command[1:], code=2)
+    assert "a step of verified_net:moody raised ValueError: not in this mood" in said.error()
+    assert "verified_net.py, line" in said.error()
