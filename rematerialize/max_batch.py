@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from rematerialize.api import choose
-from rematerialize.budget import device_bytes, free_bytes, read_budget
+from rematerialize.budget import BudgetRequest, device_bytes, free_bytes, read_budget
 from rematerialize.cost import DEVICES
 from rematerialize.cost_cache import device_name
-from rematerialize.errors import BudgetError, CaptureError, RematerializeError
+from rematerialize.errors import CaptureError, RematerializeError
 from rematerialize.prepare import PreparedStep, home_of, prepare_example
 from rematerialize.report.table import plan_table
 from rematerialize.targets.inputs import batch_of, resized
@@ -138,59 +138,53 @@ def max_batch(
     RematerializeError
         If the budget is a share of store-all's peak, which depends on the batch.
     """
-    return _Search(model, example_inputs, batch_dim, device, reserve, optimizer, budget, activation_budget, tell).run(
-        confirm
-    )
+    request = read_budget(budget, activation_budget, reserve, optimizer, model)
+    if request.activation_budget is not None and request.activation_budget.size_bytes is None:
+        raise RematerializeError(
+            "an activation budget for the largest batch must be a size such as '8GiB': a share of what storing "
+            "everything takes grows with the batch"
+        )
+    here = device not in DEVICES
+    step = _Step(model, example_inputs, batch_dim, request, device)
+    start = batch_of(example_inputs, batch_dim)
+    computed = _Needs(step, _HERE if here else device, tell)
+    budget_bytes = step.budget_bytes(computed.prepared(start), here)
+    tell(f"looking for the largest batch within {format_bytes(budget_bytes)}")
+    without, with_plan = computed.largest_both(start, start, budget_bytes)
+    found, peak = computed, None
+    if here and confirm and with_plan:
+        tell("the same with what ops really take here")
+        found = _Needs(step, device, tell)
+        without, with_plan = found.largest_both(max(without, 1), with_plan, budget_bytes)
+    overhead = None
+    if with_plan:
+        made = choose(model, found.prepared(with_plan), request)
+        overhead = made.overhead
+        if here and confirm:
+            tell(f"running one step at batch {with_plan}")
+            peak = planned_peak(model, resized(example_inputs, with_plan, batch_dim), made)
+            peak += step.besides(found.prepared(with_plan))
+    name = device_name(home_of(model)) if here else f"{device} (computed)"
+    return MaxBatch(budget_bytes, without, with_plan, found.tried(), name, peak, overhead)
 
 
-class _Search:
-    def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Inputs,
-        batch_dim: int,
-        device: str | None,
-        reserve: int | str,
-        optimizer: Any,
-        budget: int | str | None,
-        activation_budget: int | str | None,
-        tell: Callable[[str], None],
-    ) -> None:
-        self.model, self.inputs, self.batch_dim, self.tell = model, example_inputs, batch_dim, tell
-        self.here = device not in DEVICES
-        self.device = device
-        self.request = read_budget(budget, activation_budget, reserve, optimizer, model)
-        if self.request.activation_budget is not None and self.request.activation_budget.size_bytes is None:
-            raise RematerializeError(
-                "an activation budget for the largest batch must be a size such as '8GiB': a share of what storing "
-                "everything takes grows with the batch"
-            )
-        self.needs: dict[int, Need] = {}
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The step whose batch is sought, and the budget."""
 
-    def run(self, confirm: bool) -> MaxBatch:
-        start = batch_of(self.inputs, self.batch_dim)
-        first = self.prepared(start)
-        budget_bytes = self.budget_bytes(first)
-        self.tell(f"looking for the largest batch within {format_bytes(budget_bytes)}")
-        self.needs[start] = self.need(first, start)
-        without = self.largest(start, budget_bytes, lambda need: need.store_all_bytes)
-        with_plan = self.largest(max(start, without), budget_bytes, lambda need: need.minimum_bytes)
-        peak, overhead = None, None
-        if self.here and confirm and with_plan:
-            with_plan, without, peak, overhead = self.confirmed(with_plan, without, budget_bytes)
-        elif with_plan:
-            overhead = choose(self.model, self.prepared(with_plan), self.request).overhead
-        tried = tuple(sorted(self.needs.values(), key=lambda need: need.batch))
-        return MaxBatch(budget_bytes, without, with_plan, tried, first_name(first, self.here), peak, overhead)
+    model: nn.Module
+    inputs: Inputs
+    batch_dim: int
+    request: BudgetRequest
+    device: str | None
 
-    def budget_bytes(self, prepared: PreparedStep) -> int:
+    def budget_bytes(self, prepared: PreparedStep, here: bool) -> int:
         """The budget in the scope in which it was given."""
         if self.request.activation_budget is not None:
-            assert self.request.activation_budget.size_bytes is not None
-            return self.request.activation_budget.size_bytes
+            return self.request.activation_budget.resolve(0)
         assert self.request.budget is not None
         whole = prepared.device_bytes
-        if self.here:
+        if here:
             home = home_of(self.model)
             whole = free_bytes(home) + prepared.resident_bytes if self.request.is_auto else device_bytes(home)
         return self.request.budget.resolve(whole)
@@ -199,97 +193,68 @@ class _Search:
         """What a step holds besides what it allocates, in the budget's scope."""
         return 0 if self.request.activation_budget is not None else prepared.resident_bytes + self.request.reserve_bytes
 
-    def prepared(self, batch: int, *, measured: bool = False) -> PreparedStep:
-        """The captured step at a batch, costs by formula unless ``measured``."""
-        device = self.device if measured else (_HERE if self.here else self.device)
-        try:
-            return prepare_example(self.model, resized(self.inputs, batch, self.batch_dim), device=device)
-        except CaptureError as error:
-            raise CaptureError(f"at batch {batch}: {error}") from error
 
-    def need(self, prepared: PreparedStep, batch: int) -> Need:
-        besides = self.besides(prepared)
-        need = Need(batch, prepared.planner.store_all().peak_bytes + besides, prepared.minimum() + besides)
-        self.tell(
-            f"batch {batch}: {format_bytes(need.store_all_bytes)} stored, {format_bytes(need.minimum_bytes)} least"
-        )
-        return need
+class _Needs:
+    """What batches need, by computed or by measured costs; each batch is captured once."""
+
+    def __init__(self, step: _Step, device: str | None, tell: Callable[[str], None]) -> None:
+        self.step, self.device, self.tell = step, device, tell
+        self.known: dict[int, Need] = {}
+        self.last: tuple[int, PreparedStep] | None = None
+
+    def prepared(self, batch: int) -> PreparedStep:
+        """The captured step at a batch; the last one is kept."""
+        if self.last is None or self.last[0] != batch:
+            inputs = resized(self.step.inputs, batch, self.step.batch_dim)
+            try:
+                self.last = batch, prepare_example(self.step.model, inputs, device=self.device)
+            except CaptureError as error:
+                raise CaptureError(f"at batch {batch}: {error}") from error
+        return self.last[1]
 
     def at(self, batch: int) -> Need:
-        if batch not in self.needs:
-            self.needs[batch] = self.need(self.prepared(batch), batch)
-        return self.needs[batch]
+        if batch not in self.known:
+            prepared = self.prepared(batch)
+            besides = self.step.besides(prepared)
+            need = Need(batch, prepared.planner.store_all().peak_bytes + besides, prepared.minimum() + besides)
+            stored, least = format_bytes(need.store_all_bytes), format_bytes(need.minimum_bytes)
+            self.tell(f"batch {batch:,}: everything stored {stored}, at least {least}")
+            self.known[batch] = need
+        return self.known[batch]
+
+    def tried(self) -> tuple[Need, ...]:
+        """By rising batch."""
+        return tuple(sorted(self.known.values(), key=lambda need: need.batch))
+
+    def largest_both(self, stored_from: int, least_from: int, budget_bytes: int) -> tuple[int, int]:
+        """The largest batch with everything stored, and the largest with a plan."""
+        without = self.largest(stored_from, budget_bytes, lambda need: need.store_all_bytes)
+        return without, self.largest(max(least_from, without), budget_bytes, lambda need: need.minimum_bytes)
 
     def largest(self, start: int, budget_bytes: int, bytes_of: Callable[[Need], int]) -> int:
-        """The largest batch within the budget: a secant search, halved where the secant stalls."""
-        low, high = 0, 0  # low fits (0 always does), high doesn't; high == 0: none known
-        guess, stalled = start, 0
-        while not high or high - low > 1:
+        """The largest batch within the budget: it fits, and the next one doesn't.
+
+        Each guess is where the line through the two known batches nearest to the budget meets it, held inside the
+        bracket; every third halves the bracket, so that it closes whatever the curve.
+        """
+        low, high = 0, LARGEST + 1
+        guess, tries = start, 0
+        while high - low > 1:
             if bytes_of(self.at(guess)) <= budget_bytes:
                 low = guess
-                if guess >= LARGEST:
-                    break
             else:
                 high = guess
-            guess = self.guess(low, high, budget_bytes, bytes_of)
-            stalled += 1
-            if high and stalled % 4 == 0:
+            tries += 1
+            guess = self._crossing(budget_bytes, bytes_of) or (2 * low if high > LARGEST else (low + high) // 2)
+            if high <= LARGEST and tries % 3 == 0:
                 guess = (low + high) // 2
-            if high:
-                guess = min(max(guess, low + 1), high - 1) if high - low > 1 else low
+            guess = min(max(guess, low + 1), high - 1)
         return low
 
-    def guess(self, low: int, high: int, budget_bytes: int, bytes_of: Callable[[Need], int]) -> int:
-        """Where the line through the two batches nearest to the budget meets it; twice as much as one batch says."""
-        known = sorted(self.needs.values(), key=lambda need: abs(bytes_of(need) - budget_bytes))
-        if len(known) == 1 or bytes_of(known[0]) == bytes_of(known[1]):
-            return min(2 * low, LARGEST) if not high else (low + high) // 2
-        first, second = known[0], known[1]
+    def _crossing(self, budget_bytes: int, bytes_of: Callable[[Need], int]) -> int | None:
+        nearest = sorted(self.known.values(), key=lambda need: abs(bytes_of(need) - budget_bytes))[:2]
+        if len(nearest) < 2:
+            return None
+        first, second = nearest
         slope = (bytes_of(second) - bytes_of(first)) / (second.batch - first.batch)
-        if slope <= 0:
-            return min(2 * max(low, 1), LARGEST) if not high else (low + high) // 2
-        found = int(first.batch + (budget_bytes - bytes_of(first)) / slope)
-        if not high:
-            return min(max(found, low + 1), LARGEST)
-        return found if found > low else low + 1
-
-    def confirmed(self, with_plan: int, without: int, budget_bytes: int) -> tuple[int, int, int | None, float | None]:
-        """The answers with measured workspace, then one real step at the larger."""
-        steps: dict[int, PreparedStep] = {}
-
-        def measured(batch: int) -> Need:
-            if batch not in steps:
-                steps[batch] = self.prepared(batch, measured=True)
-                self.needs[batch] = self.need(steps[batch], batch)
-            return self.needs[batch]
-
-        found = []
-        for batch, bytes_of in ((without, _stored), (with_plan, _least)):
-            while batch and bytes_of(measured(batch)) > budget_bytes:
-                batch -= 1
-            while bytes_of(measured(batch + 1)) <= budget_bytes:
-                batch += 1
-            found.append(batch)
-        without, with_plan = found
-        if not with_plan:
-            return 0, without, None, None
-        try:
-            made = choose(self.model, steps[with_plan], self.request)
-        except BudgetError:
-            return with_plan, without, None, None
-        self.tell(f"running one step at batch {with_plan}")
-        peak = planned_peak(self.model, resized(self.inputs, with_plan, self.batch_dim), made)
-        return with_plan, without, peak + self.besides(steps[with_plan]), made.overhead
-
-
-def first_name(prepared: PreparedStep, here: bool) -> str:
-    """The device for readers."""
-    return device_name(home_of(prepared.model)) if here else f"{prepared.device_name} (computed)"
-
-
-def _stored(need: Need) -> int:
-    return need.store_all_bytes
-
-
-def _least(need: Need) -> int:
-    return need.minimum_bytes
+        return int(first.batch + (budget_bytes - bytes_of(first)) / slope) if slope > 0 else None
