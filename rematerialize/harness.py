@@ -120,12 +120,14 @@ class _WeightlessLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *outputs: Tensor) -> Tensor:
-        ctx.like = [(output.shape, output.dtype, output.device) for output in outputs]
+        # Laid out as the outputs are, as losses do that work element by element.
+        ctx.like = [output.detach().to("meta", copy=True) for output in outputs]
+        ctx.devices = [output.device for output in outputs]
         return outputs[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+        return tuple(torch.ones_like(like, device=device) for like, device in zip(ctx.like, ctx.devices, strict=True))
 
 
 def weightless_loss(outputs: Any) -> Tensor:

@@ -97,11 +97,37 @@ def _without_term(graph: fx.Graph, node: fx.Node, missing: set[fx.Node], follow_
         same_kind = (term.meta["val"].shape, term.meta["val"].dtype) == (node.meta["val"].shape, node.meta["val"].dtype)
         if not follow_layouts or not same_kind:
             return False
-    if term is first and node.target is aten.add_.Tensor:
+    if (term is first and node.target is aten.add_.Tensor) or not (_written(node) or _written(term)):
         node.replace_all_uses_with(term)
         return True
-    node.target, node.args = aten.clone.default, (term,)
+    node.target, node.args = copied, (term,)
     return True
+
+
+def _written(node: fx.Node) -> bool:
+    """Whether something may write into the storage of a node later, through any view of it."""
+    while _views(node):
+        node = node.all_input_nodes[0]
+    seen, waiting = {node}, [node]
+    while waiting:
+        value = waiting.pop()
+        for user in value.users:
+            schema = getattr(user.target, "_schema", None)
+            if user.op == "call_function" and schema is None and user.target is not private.getitem:
+                return True
+            if schema is not None and schema.is_mutable and user.all_input_nodes[0] is value:
+                return True
+            if _views(user) and user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
+def _views(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return False
+    return node.target in _VIEWS or any(item.alias_info is not None for item in schema.returns)
 
 
 def _follow(graph: fx.Graph, node: fx.Node) -> bool:
@@ -112,7 +138,7 @@ def _follow(graph: fx.Graph, node: fx.Node) -> bool:
     before = [_layout(value) for _, value in tensors_of(node.meta["val"])]
     try:
         value = _fake_result(node)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         if node.target not in _VIEWS:
             raise _Unfollowed from None
         with graph.inserting_before(node):
@@ -148,6 +174,13 @@ def _layout(value: Tensor) -> tuple[Any, ...]:
 def zeros_as(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros in a layout."""
     return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+
+
+def copied(value: Tensor) -> Tensor:
+    """A copy with the same strides, gaps between rows included, which ``clone`` closes."""
+    if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
+        return value.clone()
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _drop_unread(graph: fx.Graph) -> None:

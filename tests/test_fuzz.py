@@ -44,6 +44,19 @@ FOUND = {
         used=4,
         loss="each",
     ),
+    "the one gradient of a slice, gaps between its rows closed": Recipe(
+        (
+            Piece("reduce"),
+            Piece("prelu"),
+            Piece("cat", a=1, b=2, k=8),
+            Piece("multihead"),
+            Piece("copy_then_"),
+            Piece("noise"),
+            Piece("embedding"),
+        ),
+        outputs=(4, 5),
+        inputs_with_grad=3,
+    ),
     "store-all below the least budget of a named solver": Recipe(
         (
             Piece("buffer", a=5, b=3),

@@ -525,6 +525,9 @@ def _(f: Frame, p: Piece, own: Any) -> Tensor:
     return _DROPOUTS[p.k % 6](_shaped_for(p.k % 6, x), 0.25, True, True).reshape(x.shape)
 
 
+NOISES, RRELUS = 22, (10, 15)
+
+
 @piece("noise")
 def _(f: Frame, p: Piece, own: Any) -> Tensor:
     x = f.any(p.a)
@@ -543,6 +546,7 @@ def _(f: Frame, p: Piece, own: Any) -> Tensor:
         lambda: x.mul(torch.zeros_like(x).bernoulli_(torch.full_like(x, 0.4))),
         lambda: x + torch.poisson(x.detach().abs()) * 0.1,
     )  # fmt: skip
+    assert len(kinds) == NOISES
     return kinds[p.k % len(kinds)]()
 
 
