@@ -246,12 +246,21 @@ def run_step(stepper: Stepper, *, seed: int, buffers: Mapping[str, Tensor] | Non
     return StepResult(loss.clone(), gradients, buffer_state(stepper.module), tuple(states))
 
 
+def _same(reference: Tensor, other: Tensor) -> bool:
+    """Equal in every number, where NaN equals NaN: a step that gives NaN is repeated by one that does, too."""
+    if torch.equal(reference, other):
+        return True
+    if reference.shape != other.shape or reference.dtype != other.dtype or reference.device != other.device:
+        return False
+    return bool(torch.isclose(reference, other, rtol=0.0, atol=0.0, equal_nan=True).all())
+
+
 def _relative(reference: Tensor | None, other: Tensor | None) -> float:
     if reference is None or other is None:
         return 0.0 if reference is other else float("inf")
     if reference.shape != other.shape or reference.dtype != other.dtype:
         return float("inf")
-    if torch.equal(reference, other):
+    if _same(reference, other):
         return 0.0
     a, b = reference.double(), other.double()
     difference = ((a - b).abs().max() / a.abs().max().clamp_min(1e-300)).item()
@@ -266,13 +275,13 @@ def compare_steps(reference: StepResult, other: StepResult) -> Comparison:
         apart[name] = _relative(reference.gradients.get(name), other.gradients.get(name))
     worst = max(apart, key=lambda name: apart[name])
     same_buffers = reference.buffers.keys() == other.buffers.keys() and all(
-        torch.equal(buffer, other.buffers[name]) for name, buffer in reference.buffers.items()
+        _same(buffer, other.buffers[name]) for name, buffer in reference.buffers.items()
     )
     same_generators = len(reference.generators) == len(other.generators) and all(
         torch.equal(a, b) for a, b in zip(reference.generators, other.generators, strict=True)
     )
     return Comparison(
-        loss_equal=torch.equal(reference.loss, other.loss),
+        loss_equal=_same(reference.loss, other.loss),
         gradients_equal=all(apart[name] == 0.0 for name in names),
         buffers_equal=same_buffers,
         generators_equal=same_generators,

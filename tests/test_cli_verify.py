@@ -51,6 +51,13 @@ CODE = """
                 raise ValueError("not in this mood")
             return self.layer(x).relu()
 
+    class Undefined(Moody):
+        def forward(self, x):
+            return self.layer(x).sub(99).log().sum()
+
+    def undefined():
+        return Undefined(), (torch.ones(4, 4),)
+
     def moody():
         return Moody(), (torch.ones(4, 4),)
 
@@ -155,6 +162,11 @@ def test_a_recurrence_that_runs_split_is_equal_up_to_rounding_and_says_so(capfd:
     said = call(capfd, "verify", "verified_net:lstm", "--activation-budget", "40%")
     assert "recurrences run split over time" in said.stdout
     assert "equal up to rounding" in said.stdout
+
+
+def test_a_step_that_gives_nan_is_repeated_by_one_that_does_and_noted(capfd: pytest.CaptureFixture[str]) -> None:
+    said = call(capfd, "verify", "verified_net:undefined", "--activation-budget", "100%")
+    assert "its loss isn't a finite number" in said.stdout
 
 
 def test_the_target_is_left_as_it_was() -> None:

@@ -240,6 +240,19 @@ def test_a_spec_of_an_unknown_argument_names_the_closest(here: Path) -> None:
         load("words_model:alone", ["input_id=int64[4,9]"])
 
 
+@pytest.mark.parametrize(
+    ("specs", "says"),
+    [
+        (["labels=int64[4,9]"], "missing a required argument: 'input_ids'; it takes (input_ids, labels=None)"),
+        (["int64[4,9]", "int64[4,9]", "int64[4,9]"], "too many positional arguments"),
+    ],
+)
+def test_inputs_that_make_no_call_say_what_the_forward_takes(specs: list[str], says: str, here: Path) -> None:
+    with pytest.raises(TargetError) as raised:
+        load("words_model:alone", specs)
+    assert says in str(raised.value)
+
+
 def test_a_sleeping_model_is_woken(here: Path) -> None:
     assert load("words_model:asleep").model.training
 

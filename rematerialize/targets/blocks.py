@@ -10,6 +10,7 @@ A model of transformers has a switch of its own, which is used instead.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -36,7 +37,9 @@ def checkpoint_blocks(model: nn.Module) -> str:
     """
     enable: Any = getattr(model, "gradient_checkpointing_enable", None)
     if enable is not None and getattr(model, "supports_gradient_checkpointing", False):
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for it
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return "transformers' own"
     containers = _containers(model)
     if not containers:

@@ -25,10 +25,11 @@ def make_inputs(specs: Sequence[InputSpec], model: nn.Module) -> Inputs:
     Raises
     ------
     TargetError
-        If the model's forward takes no argument of a spec's name.
+        If the model's forward takes no argument of a spec's name, or the call isn't complete.
     """
     parameters = _parameters(model.forward)
     _check_names(specs, parameters)
+    _check_call(specs, model.forward)
     bound = smallest_table(model)
     generator = torch.Generator()
     generator.manual_seed(_SEED)
@@ -63,6 +64,22 @@ def _check_names(specs: Sequence[InputSpec], parameters: dict[str, inspect.Param
             raise TargetError(
                 f"the forward takes no input {spec.name!r}{near or ''}; it takes {takes} (in {str(spec)!r})"
             )
+
+
+def _check_call(specs: Sequence[InputSpec], forward: Callable[..., Any]) -> None:
+    """Is anything missing, or too much?"""
+    try:
+        signature = inspect.signature(forward)
+    except (TypeError, ValueError):
+        return
+    try:
+        if specs[0].name:
+            signature.bind(**{spec.name: None for spec in specs})
+        else:
+            signature.bind(*specs)
+    except TypeError as error:
+        given = " ".join(map(str, specs))
+        raise TargetError(f"the inputs {given} don't fit the forward: {error}; it takes {signature}") from None
 
 
 def _made(spec: InputSpec, generator: torch.Generator) -> Tensor:
