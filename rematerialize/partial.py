@@ -6,7 +6,7 @@ and a parameter that only an unused output leads to would get zeros where eager 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def _without(backward: fx.GraphModule, absent: Collection[int], *, follow_layout
     tangents = [node for node in graph.nodes if node.op == "placeholder" and "tangent" in node.meta]
     missing.update(node for node in tangents if node.meta["tangent"] in absent)
     carrying.update(tangents)
-    moved: set[fx.Node] = set()
+    moved: dict[fx.Node, Any] = {}  # what is laid out otherwise than in the trace, and the traced value
     for node in list(graph.nodes):
         if node.op != "call_function" or carrying.isdisjoint(node.all_input_nodes):
             continue
@@ -73,8 +73,10 @@ def _without(backward: fx.GraphModule, absent: Collection[int], *, follow_layout
                     zeros = graph.call_function(zeros_as, _layout(source.meta["val"]))
                     zeros.meta["val"] = source.meta["val"]
                 node.replace_input_with(source, zeros)
-        if (gone or not moved.isdisjoint(node.all_input_nodes)) and _follow(graph, node):
-            moved.add(node)
+        if gone or not moved.keys().isdisjoint(node.all_input_nodes):
+            traced = node.meta["val"]
+            if _follow(graph, node, moved):
+                moved[node] = traced
     results.args = fx.node.map_arg(results.args, lambda node: None if node in missing else node)
     _drop_unread(graph)
     graph.set_codegen(private.BoxedCodeGen())
@@ -97,15 +99,17 @@ def _without_term(graph: fx.Graph, node: fx.Node, missing: set[fx.Node], follow_
         same_kind = (term.meta["val"].shape, term.meta["val"].dtype) == (node.meta["val"].shape, node.meta["val"].dtype)
         if not follow_layouts or not same_kind:
             return False
-    if (term is first and node.target is aten.add_.Tensor) or not (_written(node) or _written(term)):
-        node.replace_all_uses_with(term)
-        return True
-    node.target, node.args = copied, (term,)
+    in_place = term is first and node.target is aten.add_.Tensor
+    node.target = aten.alias.default if in_place or not (_written(node) or _written(term)) else copied
+    node.args = (term,)
     return True
 
 
 def _written(node: fx.Node) -> bool:
-    """Whether something may write into the storage of a node later, through any view of it."""
+    """Whether something may write into the storage of a node later, through any view of it.
+
+    What is returned counts: autograd takes a gradient for its own, and adds the next step's to it in place.
+    """
     while _views(node):
         node = node.all_input_nodes[0]
     seen, waiting = {node}, [node]
@@ -113,7 +117,7 @@ def _written(node: fx.Node) -> bool:
         value = waiting.pop()
         for user in value.users:
             schema = getattr(user.target, "_schema", None)
-            if user.op == "call_function" and schema is None and user.target is not private.getitem:
+            if user.op == "output" or (schema is None and user.target is not private.getitem):
                 return True
             if schema is not None and schema.is_mutable and user.all_input_nodes[0] is value:
                 return True
@@ -130,12 +134,22 @@ def _views(node: fx.Node) -> bool:
     return node.target in _VIEWS or any(item.alias_info is not None for item in schema.returns)
 
 
-def _follow(graph: fx.Graph, node: fx.Node) -> bool:
+def _follow(graph: fx.Graph, node: fx.Node, moved: Mapping[fx.Node, Any]) -> bool:
     """Compute the node's fake value from its inputs' present ones; return whether its layout is another now.
 
-    A view that its input's new layout doesn't allow is taken of a contiguous copy, as ``reshape`` does.
+    A view that its input's new layout doesn't allow is taken of a contiguous copy, as ``reshape`` does. A kernel for
+    which autograd's formula makes the gradient contiguous gets the traced layout: a trace in which the gradient was
+    contiguous anyway doesn't show that call.
     """
     before = [_layout(value) for _, value in tensors_of(node.meta["val"])]
+    if not _takes_any_layout(node):
+        for source in node.all_input_nodes:
+            if source in moved:
+                with graph.inserting_before(node):
+                    again = graph.call_function(laid_as, (source, tuple(moved[source].stride())))
+                again.meta["val"] = moved[source]
+                node.replace_input_with(source, again)
+        return False
     try:
         value = _fake_result(node)
     except (RuntimeError, ValueError):
@@ -148,6 +162,22 @@ def _follow(graph: fx.Graph, node: fx.Node) -> bool:
         value = _fake_result(node)
     node.meta["val"] = value
     return [_layout(made) for _, made in tensors_of(value)] != before
+
+
+# Autograd's formulas hand these a contiguous gradient (torch's derivatives.yaml); every other kernel gets what comes.
+_TRACED_LAYOUT = frozenset(
+    {aten.native_group_norm_backward, aten._cdist_backward, aten._weight_norm_interface_backward, aten.as_strided}
+    | {aten.view_as_complex, aten.view_as_real, aten.convolution_backward, aten.cudnn_batch_norm_backward}
+    | {aten.miopen_batch_norm_backward}
+)
+
+
+def _takes_any_layout(node: fx.Node) -> bool:
+    """Whether eager would hand a kernel its gradient as it is; of kernels that aren't torch's, nobody knows."""
+    if node.target is copied or node.target is private.getitem:
+        return True
+    packet = getattr(node.target, "_overloadpacket", None)
+    return getattr(node.target, "namespace", "") == "aten" and packet not in _TRACED_LAYOUT
 
 
 def _fake_result(node: fx.Node) -> Any:
@@ -181,6 +211,11 @@ def copied(value: Tensor) -> Tensor:
     if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
         return value.clone()
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
+
+
+def laid_as(value: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The same values in another layout."""
+    return torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _drop_unread(graph: fx.Graph) -> None:

@@ -57,6 +57,20 @@ FOUND = {
         outputs=(4, 5),
         inputs_with_grad=3,
     ),
+    "a group norm's backward reads a gradient of its own layout only": Recipe(
+        (
+            Piece("group_norm", b=5, k=20),
+            Piece("dropout", a=3),
+            Piece("cat", b=5, k=21),
+            Piece("join", a=1, b=4, k=8),
+            Piece("cat", a=1, b=2, k=10),
+        ),
+        home="sequence",
+        outputs=(0, 4),
+        used=7,
+        loss="each",
+        inputs_with_grad=3,
+    ),
     "store-all below the least budget of a named solver": Recipe(
         (
             Piece("buffer", a=5, b=3),
