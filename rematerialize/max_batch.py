@@ -22,7 +22,7 @@ from rematerialize.prepare import PreparedStep, home_of, prepare_example
 from rematerialize.report.table import plan_table
 from rematerialize.targets.inputs import batch_of, resized
 from rematerialize.trial import planned_peak
-from rematerialize.units import format_bytes
+from rematerialize.units import format_bytes, format_percent
 
 LARGEST = 2**20
 _HERE = "2-core CPU"  # whose formulas stand in where only sizes matter
@@ -90,7 +90,7 @@ class MaxBatch:
         if self.with_plan + 1 in needs:
             rows.append((f"  {self.with_plan + 1:,} would need", size(needs[self.with_plan + 1].minimum_bytes)))
         if self.overhead is not None:
-            rows.append(("  its recomputation", f"{100 * self.overhead:.1f}%"))
+            rows.append(("  its recomputation", format_percent(max(self.overhead, 0.0))))
         if self.confirmed_peak_bytes is not None:
             rows.append(("  measured in one step", size(self.confirmed_peak_bytes)))
         rows.append(("device", self.device))

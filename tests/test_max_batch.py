@@ -1,0 +1,74 @@
+"""``max_batch``: the answer fits, and the next batch doesn't."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rematerialize as remat
+from rematerialize.analytic import on_fake_tensors
+from rematerialize.errors import RematerializeError
+from rematerialize.targets.inputs import resized
+
+WIDTH = 64
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*[part for _ in range(3) for part in (nn.Linear(WIDTH, WIDTH), nn.GELU())])
+
+
+def inputs(batch: int = 8) -> tuple[Tensor]:
+    return (torch.randn(batch, WIDTH),)
+
+
+def test_the_answer_fits_and_one_more_does_not() -> None:
+    net = model()
+    budget = 2**20
+    found = remat.max_batch(net, inputs(), budget=budget)
+    assert found.budget_bytes == budget
+    assert 8 < found.without < found.with_plan
+    fits = remat.plan(net, resized(inputs(), found.with_plan, 0), budget=budget)
+    assert fits.peak_bytes + fits.resident_bytes <= budget
+    with pytest.raises(remat.BudgetError):
+        remat.plan(net, resized(inputs(), found.with_plan + 1, 0), budget=budget)
+    needs = {need.batch: need for need in found.tried}
+    assert needs[found.without].store_all_bytes <= budget < needs[found.without + 1].store_all_bytes
+    # One real step confirms it.
+    assert found.confirmed_peak_bytes is not None
+    assert 0.9 * budget < found.confirmed_peak_bytes <= budget
+    assert found.overhead is not None
+    assert found.overhead > 0
+    assert "forward" not in vars(net)
+
+
+def test_an_optimizer_and_a_reserve_leave_less() -> None:
+    net = nn.Linear(WIDTH, WIDTH)
+    bare = remat.max_batch(net, inputs(), budget="256KiB", confirm=False)
+    less = remat.max_batch(net, inputs(), budget="256KiB", optimizer="adamw", reserve="64KiB", confirm=False)
+    assert less.with_plan < bare.with_plan
+
+
+def test_where_not_even_one_fits_the_answer_is_none() -> None:
+    found = remat.max_batch(model(), inputs(), budget="16KiB")
+    assert (found.without, found.with_plan, found.confirmed_peak_bytes) == (0, 0, None)
+
+
+def test_the_batch_may_be_another_dimension() -> None:
+    found = remat.max_batch(nn.Linear(8, 16), (torch.randn(5, 2, 8),), activation_budget="64KiB", batch_dim=1)
+    assert found.with_plan >= found.without > 2
+
+
+def test_a_share_of_store_all_is_no_budget_for_a_batch() -> None:
+    with pytest.raises(RematerializeError, match="grows with the batch"):
+        remat.max_batch(model(), inputs(), activation_budget="50%")
+
+
+def test_a_device_that_is_not_here_is_searched_without_running_anything() -> None:
+    net, x = on_fake_tensors(lambda: (nn.Sequential(nn.Linear(4096, 4096), nn.GELU()), (torch.randn(8, 4096),)))
+    found = remat.max_batch(net, x, budget="1%", device="NVIDIA H100 80GB")
+    assert found.budget_bytes == 8 * 10**8
+    assert found.confirmed_peak_bytes is None
+    assert found.without > 5_000
+    assert "computed" in str(found)

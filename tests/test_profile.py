@@ -1,0 +1,103 @@
+"""``profile``: every byte has an owner, and the prediction is what a real step takes."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rematerialize as remat
+from rematerialize.analytic import on_fake_tensors
+from rematerialize.errors import RematerializeError
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(width, width), nn.GELU())])
+        self.register_buffer("scale", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layers(x) * self.scale).square().mean()
+
+
+ROWS, WIDTH = 128, 64
+PARAMETER_BYTES = 4 * (WIDTH * WIDTH + WIDTH) * 4
+
+
+def profiled(**options: object) -> remat.Profile:
+    torch.manual_seed(0)
+    return remat.profile(Net(), (torch.randn(ROWS, WIDTH),), **options)  # type: ignore[arg-type]
+
+
+def test_what_is_resident_is_told_apart_and_adds_up() -> None:
+    found = profiled(optimizer="adamw", reserve="1MiB")
+    assert found.resident["parameters"] == PARAMETER_BYTES
+    assert found.resident["buffers"] == WIDTH * 4
+    assert found.resident["inputs"] == ROWS * WIDTH * 4
+    assert found.resident["gradients"] == 0
+    assert 2 * PARAMETER_BYTES <= found.resident["optimizer state"] <= 2 * PARAMETER_BYTES + 64
+    assert found.resident["reserve"] == 2**20
+    assert found.peak_bytes == sum(found.resident.values()) + found.activation_peak_bytes
+
+
+def test_gradients_that_exist_are_resident() -> None:
+    model, x = Net(), torch.randn(ROWS, WIDTH)
+    model(x).backward()
+    assert remat.profile(model, (x,)).resident["gradients"] == PARAMETER_BYTES
+
+
+def test_the_peak_is_store_alls_and_its_tensors_and_modules_add_up_to_it() -> None:
+    found = profiled()
+    plan = remat.plan(Net(), (torch.randn(ROWS, WIDTH),), activation_budget="100%")
+    assert found.activation_peak_bytes == plan.store_all_peak_bytes
+    assert sum(row.peak_bytes for row in found.modules(None)) == found.activation_peak_bytes
+    everything = found.top_tensors(10_000)
+    workspace = found.timeline.executions[found.timeline.peak_position].op.transient_bytes
+    assert sum(row.size_bytes for row in everything) + workspace == found.activation_peak_bytes
+    assert [row.size_bytes for row in everything] == sorted((row.size_bytes for row in everything), reverse=True)
+
+
+def test_it_says_where_the_peak_is() -> None:
+    text = str(profiled())
+    assert "layers.7" in text or "(model)" in text
+    assert "test_profile.py:" in text
+    assert "float32[128, 64]" in text
+
+
+def test_a_measured_step_is_within_a_percent_and_leaves_no_trace() -> None:
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(ROWS, WIDTH)
+    state = torch.get_rng_state()
+    found = remat.profile(model, (x,), measure=True)
+    assert found.measured is not None
+    assert math.isclose(found.measured.peak_bytes, found.activation_peak_bytes, rel_tol=0.01)
+    assert found.measured.step_s > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "forward" not in vars(model)
+
+
+def test_metrics_are_flat_floats_and_the_dictionary_is_json() -> None:
+    found = profiled(measure=True)
+    assert all(isinstance(value, float) for value in found.metrics().values())
+    again = json.loads(json.dumps(found.to_dict()))
+    assert again["peak_bytes"] == found.peak_bytes
+    assert max(again["timeline"]) == found.activation_peak_bytes
+    assert again["peak"]["source"]
+
+
+def test_a_device_that_is_not_here_needs_no_storage() -> None:
+    model, x = on_fake_tensors(lambda: (Net(8192), torch.randn(ROWS, 8192)))
+    found = remat.profile(model, (x,), device="NVIDIA H100 80GB")
+    assert found.analytic
+    assert found.resident["parameters"] == 4 * (8192 * 8192 + 8192) * 4
+    assert "computed for NVIDIA H100 80GB" in str(found)
+
+
+def test_an_unknown_device_is_named_with_the_closest() -> None:
+    with pytest.raises(RematerializeError, match="did you mean 'NVIDIA H100 80GB'"):
+        profiled(device="NVIDIA H100 80 GB")
