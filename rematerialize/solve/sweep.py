@@ -9,6 +9,7 @@ nothing where a schedule exists. The walk itself is compiled (`native/sweep.c`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from rematerialize.solve.bounds import minimum_bytes_bound
 from rematerialize.solve.native import FlatStep, available
@@ -20,6 +21,7 @@ TINY = 300  # ops up to which every level is tried
 SMALL = 1500  # ops up to which every score is tried
 LONGEST = 200_000  # executions of a plan near the least memory
 BISECTIONS = 12
+WORTH = 1000  # the share of the least peak that a second bisection must save at once to go on
 MEDIUM = 3_000  # ops beyond which the bisection takes longer than all the rest
 LARGE = 12_000  # ops beyond which the sweep is too slow for what it adds
 SCORES = ((1.0, 1.0), (0.7, 0.3))  # powers of size and distance
@@ -50,13 +52,31 @@ def sweep(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
 def least(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
     """Yield plans at falling budgets, by bisection, down to the least at which a sweep finds one.
 
-    Plans may be long here (chains recomputed from their start): up to `LONGEST` executions.
+    Plans may be long here (chains recomputed from their start): up to `LONGEST` executions. The rule weighs times, and
+    some times lead it astray (a dropout that costs more than what it feeds); it is followed once more as if all ops
+    took the same.
     """
     if len(step.names) > MEDIUM or not available or step.forwards == len(step.names):
         return
+    found = step.peak_bytes(step.store_all())
+    for plan in _least(step, found):
+        found = min(found, step.peak_bytes(plan))
+        yield plan
+    even = replace(step, time_s=tuple(1.0 if time_s else 0.0 for time_s in step.time_s))
+    yield from _least(even, found, worth=found // WORTH)
+
+
+def _least(step: Step, high: int, worth: int = 0) -> Iterator[Plan]:
+    """Bisect between the lower bound and ``high``; give up if nothing is found ``worth`` bytes below it."""
     flat = FlatStep(step)
     longest = min(max(MAX_STRETCH, step.forwards) * len(step.names), LONGEST)
-    low, high = minimum_bytes_bound(step), step.peak_bytes(step.store_all())
+    low = minimum_bytes_bound(step)
+    if worth and low <= high - worth:
+        plan = flat.sweep(high - worth, slack_bytes=0, size_power=1.0, distance_power=1.0, longest=longest)
+        if plan is None:
+            return
+        yield plan
+        high = min(flat.peak_bytes(plan), high - worth)
     for trial in range(BISECTIONS):
         budget = low if trial == 0 else (low + high) // 2
         for slack in (0, budget // SLACK):
