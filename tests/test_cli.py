@@ -213,6 +213,15 @@ def test_solve_writes_the_file_and_prints_a_summary(graph_file: Path) -> None:
     assert json.loads(done.stdout)["peak_bytes"] == schedule.peak_bytes
 
 
+def test_both_names_of_the_budget_mean_the_same_for_a_graph(graph_file: Path) -> None:
+    said = [
+        run_cli("solve", "graph.json", name, "6000", cwd=graph_file.parent).stdout
+        for name in ("--budget", "--activation-budget")
+    ]
+    assert said[0] == said[1]
+    run_cli("solve", "graph.json", "--budget", "1", "--activation-budget", "1", cwd=graph_file.parent, code=2)
+
+
 def test_a_percentage_is_of_the_store_all_peak(graph_file: Path) -> None:
     done = run_cli("solve", "graph.json", "--budget", "100%", cwd=graph_file.parent)
     schedule = Schedule.from_json(done.stdout)

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 def solve(
     console: Console,
     graph_file: Annotated[Path, typer.Argument(metavar="GRAPH.JSON", help="A rematerialize.graph/1 file.")],
-    budget: Annotated[str, typer.Option(metavar="SIZE", help="Peak allowed: bytes, 512MiB, 30% of store-all's.")],
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="SIZE", help="Peak allowed: bytes, 512MiB, 30% of store-all's.")
+    ] = None,
+    activation_budget: Annotated[
+        str | None,
+        typer.Option("--activation-budget", metavar="SIZE", help="The same: peaks of graph files leave residents out."),
+    ] = None,
     output: OutputOption = None,
     force: ForceOption = False,
     solver: Annotated[str, typer.Option(metavar="NAME", help="A registered solver, or auto.")] = "auto",
@@ -38,7 +44,10 @@ def solve(
     ] = None,
 ) -> None:
     """Solve a graph file; the schedule goes to -o, or to stdout. Never imports torch."""
-    wanted = parse_budget(budget, name="--budget")
+    given = [(name, text) for name, text in (("--budget", budget), ("--activation-budget", activation_budget)) if text]
+    if len(given) != 1:
+        raise UsageError(f"expected one of --budget and --activation-budget, got {'both' if given else 'none'}")
+    wanted = parse_budget(given[0][1], name=given[0][0])
     console.check_output(output, force=force)
     from rematerialize import solve as solvers
     from rematerialize.ir import TrainingGraph
