@@ -1,9 +1,9 @@
-"""Write the README's figures from the results and its outputs from runs, so that none is ever typed.
+"""Write the figures of the README, tutorial and page of commands from results and runs, so that none is ever typed.
 
-    python -m benchmarks.readme [--check] [--run]
+    python -m benchmarks.readme [--check] [--run [--page docs/tutorial.md]]
 
 A part stands between ``<!-- BEGIN generated: NAME -->`` and ``<!-- END generated -->``. With ``--run`` the
-python and console blocks are run, and what they print replaces what was shown.
+python and console blocks are run in order, beside copies of ``examples/``, and what they print replaces what was shown.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import argparse
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from rematerialize.report.table import markdown_table
 from rematerialize.units import format_bytes, format_percent, format_seconds
 
 AGAIN = ("bench-solver", "bench-solver-unet", "bench-lstm")  # runs of their own, after what they measure changed
+PAGES = ("README.md", "docs/tutorial.md", "docs/commands.md")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PART = re.compile(
@@ -123,55 +126,83 @@ FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", flags=re.MULTIL
 
 def run(command: list[str], cwd: Path, stdin: str = "") -> str:
     """Return what a command prints on stdout; raise RuntimeError with its stderr when it fails."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    cache = {"HOME": str(cwd), "XDG_CACHE_HOME": str(cwd / ".cache")}
+    env = {**os.environ, **cache, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=cwd, env=env, input=stdin, capture_output=True, text=True, timeout=300, check=False
     )
     if done.returncode:
         raise RuntimeError(f"{command} exits with {done.returncode}: {done.stderr}")
-    return done.stdout
+    return done.stdout.replace(str(cwd), "~")
+
+
+def commands(text: str) -> list[str]:
+    """Return the lines that a page's console blocks have typed."""
+    blocks = [match["text"] for match in FENCE.finditer(text) if match["language"] == "console"]
+    return [line for block in blocks for line in re.findall(r"^\$ (.*)$", block, flags=re.MULTILINE)]
 
 
 def with_outputs(text: str, cwd: Path) -> str:
-    """Return the page as its own blocks would have it: all python blocks, then the console blocks, run."""
-    blocks = [(match["language"], match["text"]) for match in FENCE.finditer(text)]
-    code = "\n".join(block for language, block in blocks if language == "python")
-    printed = run([sys.executable, "-"], cwd, code)
+    """Return the page as its own blocks would have it: run in order; a text block shows what the last python printed."""
+    for example in (ROOT / "examples").glob("*.py"):
+        shutil.copy(example, cwd)
+    printed = ""
 
     def fill(match: re.Match[str]) -> str:
+        nonlocal printed
+        if match["language"] == "python":
+            printed = run([sys.executable, "-"], cwd, match["text"])
         if match["language"] == "text":
             return f"```text\n{printed}```"
         if match["language"] == "console":
-            commands = re.findall(r"^\$ (.*)$", match["text"], flags=re.MULTILINE)
-            return "```console\n" + "".join(f"$ {line}\n{_typed(line, cwd)}" for line in commands) + "```"
+            return "```console\n" + "".join(f"$ {line}\n{_typed(line, cwd)}" for line in commands(match[0])) + "```"
         return match[0]
 
     return FENCE.sub(fill, text)
 
 
 def _typed(line: str, cwd: Path) -> str:
-    ours = re.sub(r"^rematerialize ", f"{sys.executable} -m rematerialize ", line)
-    return run(["bash", "-c", ours], cwd)
+    python = shlex.quote(sys.executable)
+    names = f'python() {{ {python} "$@"; }}; rematerialize() {{ {python} -m rematerialize "$@"; }}; '
+    return run(["bash", "-c", names + line], cwd)
+
+
+def take_pictures(cwd: Path) -> None:
+    """Put what the tutorial's commands drew under docs/images, and photograph its report, where there is a browser."""
+    images = ROOT / "docs" / "images"
+    shutil.copy(cwd / "memory.png", images / "memory.png")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        print("no chromium: docs/images/report.png stays as it is", file=sys.stderr)
+        return
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,1000"]
+    shot = f"--screenshot={images / 'report.png'}"
+    run([browser, *flags, f"--user-data-dir={cwd / 'browser'}", shot, (cwd / "report.html").as_uri()], cwd)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 when stale")
     parser.add_argument("--run", action="store_true", help="run the code blocks, too, and show their output")
+    parser.add_argument("--page", choices=PAGES, help="with --run: run the blocks of this page alone")
     args = parser.parse_args()
-    check = args.check
-    page = ROOT / "README.md"
-    old = page.read_text(encoding="utf-8")
-    new = rewritten(old)
-    if args.run:
-        with tempfile.TemporaryDirectory() as folder:
-            new = with_outputs(new, Path(folder))
-    if check and new != old:
-        print("README.md is stale: run `make readme`", file=sys.stderr)
-        return 1
-    if not check:
-        page.write_text(new, encoding="utf-8")
-    return 0
+    stale = []
+    for name in PAGES:
+        page = ROOT / name
+        old = page.read_text(encoding="utf-8")
+        new = rewritten(old)
+        if args.run and args.page in {None, name}:
+            with tempfile.TemporaryDirectory() as folder:
+                new = with_outputs(new, Path(folder))
+                if name.endswith("tutorial.md") and not args.check:
+                    take_pictures(Path(folder))
+        if args.check and new != old:
+            stale.append(name)
+        if not args.check:
+            page.write_text(new, encoding="utf-8")
+    if stale:
+        print(f"stale: {', '.join(stale)}; run `make readme`", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":
