@@ -143,7 +143,7 @@ def commands(text: str) -> list[str]:
 
 
 def with_outputs(text: str, cwd: Path) -> str:
-    """Return the page as its own blocks would have it: run in order; a text block shows what the last python printed."""
+    """Return the page as its own blocks would have it: run in order; text is what the last python printed."""
     for example in (ROOT / "examples").glob("*.py"):
         shutil.copy(example, cwd)
     printed = ""
