@@ -69,9 +69,9 @@ class Timeline:
     peak_position: int
 
     def live_at(self, position: int) -> list[Instance]:
-        """The instances that are live while an execution runs, largest first. Linear in all instances."""
+        """The instances that are live while an execution runs, largest first, then oldest. Linear in all instances."""
         live = [one for one in self.instances if one.birth <= position <= one.death]
-        return sorted(live, key=lambda one: (-self.graph.storages[one.storage], one.storage))
+        return sorted(live, key=lambda one: (-self.graph.storages[one.storage], one.birth, one.storage))
 
     def label(self, storage: str) -> str:
         """What people call a storage: its label in the graph, or its name."""

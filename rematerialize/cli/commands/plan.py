@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -77,7 +76,7 @@ def plan(
     if graph_file is not None:
         console.write(graph_file, made.graph.to_json())
     if console.as_json:
-        print(json.dumps(made.to_dict()))
+        console.data("plan", made.to_dict())
         return
     _print(console, session, made, depth)
 
