@@ -173,8 +173,8 @@ def _plain_checks() -> Iterator[None]:
 @contextlib.contextmanager
 def _recorded_sources() -> Iterator[None]:
     """Note on each forward node the user's line that asked for it (``meta["source"]``), the innermost module that it
-    was called in (``meta["module"]``), and whether it is what functionalization made of an in-place op
-    (``meta["in_place"]``).
+    was called in (``meta["module"]``), whether gradients were off (``meta["no_grad"]``), and whether it is what
+    functionalization made of an in-place op (``meta["in_place"]``).
 
     torch can record whole stack traces, at a millisecond per node; one walk over the frames costs microseconds.
     """
@@ -187,6 +187,8 @@ def _recorded_sources() -> Iterator[None]:
             node.meta["source"] = source
         if module is not None:
             node.meta["module"] = module
+        if not torch.is_grad_enabled():
+            node.meta["no_grad"] = True
         name = getattr(getattr(node.target, "_schema", None), "name", "")
         if name and _functionalized_op() == f"{name}_":
             node.meta["in_place"] = True

@@ -102,7 +102,7 @@ def _factories_without_templates(graph: fx.Graph) -> None:
 
 def _rnn_layers_with_workspace(graph: fx.Graph) -> None:
     for node in graph.nodes:
-        if node.target is aten.mkldnn_rnn_layer.default:
+        if node.target is aten.mkldnn_rnn_layer.default and not node.meta.get("no_grad"):
             node.target = private.training_rnn_layer
 
 
