@@ -23,8 +23,8 @@ from rematerialize.version import __version__
 
 if TYPE_CHECKING:
     from rematerialize.api import Plan, frontier, plan, unwrap, wrap
-    from rematerialize.max_batch import MaxBatch, max_batch
-    from rematerialize.profile import Profile, profile
+    from rematerialize.batches import MaxBatch, max_batch
+    from rematerialize.profiling import Profile, profile
 
 __all__ = [
     "BudgetError",
@@ -53,10 +53,10 @@ _HOMES = {
     "plan": "api",
     "unwrap": "api",
     "wrap": "api",
-    "MaxBatch": "max_batch",
-    "max_batch": "max_batch",
-    "Profile": "profile",
-    "profile": "profile",
+    "MaxBatch": "batches",
+    "max_batch": "batches",
+    "Profile": "profiling",
+    "profile": "profiling",
 }
 
 

@@ -119,7 +119,7 @@ def _written(node: fx.Node) -> bool:
             schema = getattr(user.target, "_schema", None)
             if user.op == "output" or (schema is None and user.target is not private.getitem):
                 return True
-            if schema is not None and schema.is_mutable and user.all_input_nodes[0] is value:
+            if schema is not None and schema.is_mutable:
                 return True
             if _views(user) and user not in seen:
                 seen.add(user)

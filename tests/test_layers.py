@@ -48,8 +48,8 @@ LAYERS = {
     "trial": 11,
     "compare": 12,
     "peers": 12,
-    "profile": 12,
-    "max_batch": 12,
+    "profiling": 12,
+    "batches": 12,
     "verify": 12,
     "cli/": 13,
     "__main__": 14,
@@ -170,3 +170,11 @@ def test_the_architecture_page_lists_the_same_layers() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)(?:\.py|(/))` +\| +(\d+) +\|", page, flags=re.MULTILINE)
     assert {name + slash: int(layer) for name, slash, layer in rows} == LAYERS
+
+
+def test_no_module_hides_a_public_function() -> None:
+    """Importing ``rematerialize.x`` sets the attribute x of the package: nothing public may be called so."""
+    import rematerialize
+
+    modules = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("__")}
+    assert not modules & set(rematerialize.__all__)

@@ -17,6 +17,7 @@ def shape(output: str) -> list[str]:
     """Mask quantities, which differ between machines, and the padding that follows from them."""
     masked = re.sub(r"-?\d[\d.]*( ?(B|KiB|MiB|GiB|us|ms|s|%)(?![a-z]))?", "#", output)
     masked = re.sub(r"^( *solver +)\w+$", r"\1#", masked, flags=re.MULTILINE)  # measured times decide who wins
+    masked = re.sub(r"(?<= )-(?= |$)|#x", "#", masked, flags=re.MULTILINE)  # nothing recomputed here, something there
     return [re.sub(r"[ -]{2,}", " ", line).strip() for line in masked.strip().splitlines()]
 
 

@@ -42,7 +42,7 @@ def max_batch(
     check_budgets(budget, activation_budget)
     session = open_session(console, target, inputs, dtype=dtype, device=device)
     with user_output():
-        from rematerialize.max_batch import max_batch as find
+        from rematerialize.batches import max_batch as find
 
         found = find(
             session.target.model,

@@ -23,7 +23,7 @@ from rematerialize.cli.session import open_session, user_output
 from rematerialize.report.sparkline import sparkline
 
 if TYPE_CHECKING:
-    from rematerialize.profile import Profile
+    from rematerialize.profiling import Profile
 
 _WIDTH = 64
 
@@ -47,8 +47,8 @@ def profile(
         console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache, steps="--measure" if measure else ""
     )
     with user_output():
-        from rematerialize.profile import add_measurement
-        from rematerialize.profile import profile as profile_step
+        from rematerialize.profiling import add_measurement
+        from rematerialize.profiling import profile as profile_step
 
         model, example_inputs = session.target.model, session.target.inputs
         found = profile_step(model, example_inputs, optimizer=optimizer, reserve=reserve or 0, **session.options)
@@ -62,7 +62,7 @@ def profile(
 
 
 def _print(console: Console, target: str, found: Profile, top: int, depth: int) -> None:
-    from rematerialize.profile import MODULE_HEADERS, TENSOR_HEADERS
+    from rematerialize.profiling import MODULE_HEADERS, TENSOR_HEADERS
 
     console.pairs(f"Training step of {target}, everything stored", found.overview(console.size))
     values = [run.live_bytes for run in found.timeline.executions]
