@@ -75,7 +75,13 @@ def test_one_core_or_all_make_no_difference(reference: bytes) -> None:
     assert in_a_process((sys.executable, "-c", pin)) == reference
 
 
-@pytest.mark.parametrize("make", [lambda: graphs.resnet((1, 1)), lambda: graphs.lstm(6)], ids=["resnet", "lstm"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: graphs.resnet((1, 1)), id="resnet"),
+        pytest.param(lambda: graphs.lstm(6), id="lstm", marks=pytest.mark.slow),
+    ],
+)
 def test_the_number_of_threads_makes_no_difference(make: object, monkeypatch: pytest.MonkeyPatch) -> None:
     assert callable(make)
     graph: TrainingGraph = make()
@@ -182,7 +188,15 @@ def test_a_step_has_one_canonical_order(name: str) -> None:
     assert shapes[0] == shapes[1] == shapes[2]
 
 
-@pytest.mark.parametrize("name", ["gpt2-block", "three-towers", "lstm-cell-10-steps", "random-far"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2-block",
+        "three-towers",
+        pytest.param("lstm-cell-10-steps", marks=pytest.mark.slow),
+        pytest.param("random-far", marks=pytest.mark.slow),
+    ],
+)
 def test_the_order_of_independent_ops_changes_overhead_by_a_tenth_of_a_point_at_most(name: str) -> None:
     graph = suite.small()[name]
     mine, theirs = Planner(graph), Planner(reordered(graph, 3))

@@ -180,7 +180,6 @@ def test_a_chain_of_a_hundred_thousand_ops_hits_no_recursion_limit() -> None:
     assert simulate(graph, plan.forward, plan.backward).peak_bytes == least < full.peak_bytes // 4
 
 
-@pytest.mark.slow
 def test_a_chain_far_beyond_the_recursion_limit_is_planned_by_everything() -> None:
     """12,000 ops: 100,000 are planned by ``python -m benchmarks.solver.speed``, which records it."""
     graph = graphs.chain(6_000)
