@@ -249,17 +249,19 @@ def _scrambled(model: nn.Module, prepared: PreparedStep, recipe: Recipe) -> Plan
     plan = choose(model, prepared, read_budget(None, prepared.planner.store_all().peak_bytes))
     draw = random.Random(recipe.seed)
     share = (0.05, 0.3, 1.0)[recipe.seed % 3]
-    ops = [op for op in prepared.graph.ops if op.recomputable]
+    names = {op.name for op in prepared.graph.ops if op.recomputable}
     ran: list[str] = []
     forward: list[str] = []
     for name in plan.schedule.forward:
         forward.append(name)
-        ran += [op.name for op in ops if op.name == name]
+        ran += [name] if name in names else []
         if ran and draw.random() < share / 3:
             forward.append(draw.choice(ran))
     backward: list[str] = []
+    once = set(ran)
+    order = [op.name for op in prepared.graph.ops if op.name in once]
     for name in plan.schedule.backward:
-        chosen = [op.name for op in ops if op.name in ran and draw.random() < share]
+        chosen = [op for op in order if draw.random() < share]
         backward += chosen if recipe.room < 50 else draw.sample(chosen, len(chosen))
         backward.append(name)
     verdict = simulate(prepared.graph, forward, backward)
