@@ -210,7 +210,7 @@ def copied(value: Tensor) -> Tensor:
     """A copy with the same strides, gaps between rows included, which ``clone`` closes."""
     if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
         return value.clone()
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
+    return laid_as(value, value.stride())
 
 
 def laid_as(value: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rematerialize import torch_private as private
-from rematerialize.api import plan
-from rematerialize.budget import optimizer_bytes
+from rematerialize.api import choose
+from rematerialize.budget import optimizer_bytes, read_budget
 from rematerialize.capture import FlatInputs
 from rematerialize.prepare import PreparedStep, Progress, bind_inputs, prepare_example
 from rematerialize.report.modules import WHOLE, LiveTensor, ModuleRow, module_rows, top_tensors
@@ -260,12 +260,11 @@ def profile(
         capture_s=prepared.capture_s,
         cost_s=prepared.cost_s,
     )
-    return add_measurement(found, model, example_inputs) if measure else found
-
-
-def add_measurement(found: Profile, model: nn.Module, example_inputs: Any) -> Profile:
-    """Run the profiled step, as it is and captured, and note what it really took."""
-    store_all = plan(model, example_inputs, activation_budget="100%")
+    if not measure:
+        return found
+    if progress is not None:
+        progress("measure", 0, 1)
+    store_all = choose(model, prepared, read_budget(None, "100%"))
     eager, (ours,) = try_plans(model, example_inputs, [store_all])
     return replace(found, measured=Measured(ours.peak_bytes, ours.step_s, eager.peak_bytes, eager.step_s))
 

@@ -21,6 +21,7 @@ from rematerialize.harness import (
     weightless_loss,
 )
 from rematerialize.plans import Plan
+from rematerialize.prepare import home_of
 
 ROUNDS = 5
 
@@ -78,7 +79,7 @@ def try_plans(
     (Trial, tuple of Trial)
         Eager's, and one per plan.
     """
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    device = home_of(model)
     eager = Stepper(model, example_inputs, weightless_loss)
     steppers = [eager, *(replace(eager, call=planned_forward(model, plan, example_inputs)) for plan in plans)]
     with undisturbed(model):
@@ -92,7 +93,7 @@ def try_plans(
 
 def planned_peak(model: nn.Module, example_inputs: Any, plan: Plan, *, seed: int = 0) -> int:
     """Measured peak in bytes of one step under a plan, above what was resident; eager's step isn't run."""
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    device = home_of(model)
     stepper = Stepper(model, example_inputs, weightless_loss, planned_forward(model, plan, example_inputs))
     with undisturbed(model):
         return measure_step_peak(stepper, seed=seed, device=str(device)).peak_bytes

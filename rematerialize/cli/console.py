@@ -13,7 +13,12 @@ from rematerialize.cli.errors import UsageError
 from rematerialize.report.table import aligned_table, plan_table
 from rematerialize.units import format_bytes
 
-_STAGES = {"capture": "capturing the step", "costs": "measuring what ops cost", "solve": "planning"}
+_STAGES = {
+    "capture": "capturing the step",
+    "costs": "measuring what ops cost",
+    "solve": "planning",
+    "measure": "running steps",
+}
 _BAR = 30
 
 

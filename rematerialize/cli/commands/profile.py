@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,14 +48,16 @@ def profile(
         console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache, steps="--measure" if measure else ""
     )
     with user_output():
-        from rematerialize.profiling import add_measurement
         from rematerialize.profiling import profile as profile_step
 
-        model, example_inputs = session.target.model, session.target.inputs
-        found = profile_step(model, example_inputs, optimizer=optimizer, reserve=reserve or 0, **session.options)
-        if measure:
-            console.progress("running steps")
-            found = add_measurement(found, model, example_inputs)
+        found = profile_step(
+            session.target.model,
+            session.target.inputs,
+            optimizer=optimizer,
+            reserve=reserve or 0,
+            measure=measure,
+            **session.options,
+        )
     if console.as_json:
         console.data("profile", {"target": target, **found.to_dict(depth, top)})
         return
@@ -75,6 +78,4 @@ def _print(console: Console, target: str, found: Profile, top: int, depth: int) 
 
 
 def _unicode() -> bool:
-    import sys
-
     return (sys.stdout.encoding or "").lower().startswith("utf")
