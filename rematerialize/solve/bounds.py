@@ -68,7 +68,7 @@ def _minimum(step: Step, need: Necessity) -> int:
     return best * need.unit
 
 
-def makespan_bound(step: Step, budget_bytes: int, *, effort: float = 1.0) -> float:
+def makespan_bound(step: Step, budget_bytes: int, *, effort: float = 1.0, fits: bool = False) -> float:
     """Return a time in seconds that no valid schedule within the budget is below; inf if none fits.
 
     Notes
@@ -76,13 +76,14 @@ def makespan_bound(step: Step, budget_bytes: int, *, effort: float = 1.0) -> flo
     The best of what `Relaxation` offers; the proof is in its docstring and in `rematerialize.solve.closure`.
     inf is returned only where `minimum_bytes_bound`, or what must be live at a moment of the relaxation,
     exceeds the budget. The result is lowered by a relative 1e-9, far more than its sums are rounded.
-    ``effort`` scales the size of the linear program and the iterations spent on it. Below 1 ms per op on
-    steps of a thousand ops and more.
+    ``effort`` scales the size of the linear program and the iterations spent on it; ``fits`` says that some
+    schedule is known to fit, so that the least memory need not be looked for. Below 1 ms per op on steps of a
+    thousand ops and more.
     """
     need = Necessity(step)
     if not step.names:
         return 0.0
-    if _minimum(step, need) > budget_bytes:
+    if not fits and _minimum(step, need) > budget_bytes:
         return inf
     return max(sum(step.time_s) * (1 - SAFETY), Relaxation(need, budget_bytes, effort).bound_s())
 

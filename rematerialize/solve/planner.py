@@ -17,7 +17,7 @@ from rematerialize.simulate import simulate
 from rematerialize.solve.bounds import makespan_bound
 from rematerialize.solve.native import FlatStep, available
 from rematerialize.solve.order import RULES, canonical_orders
-from rematerialize.solve.polish import MEDIUM, SMALL, Point, Polisher, fronts
+from rematerialize.solve.polish import MEDIUM, SMALL, Point, Polisher, fronts, side_by_side
 from rematerialize.solve.step import Plan, Step, compile_step
 
 HALVINGS = 7  # of the room between two archived peaks, down to the budget that was asked for
@@ -26,6 +26,7 @@ NEAR = (0, 1, 2, 4, 7, 11)  # more levels near the minimum, in percent above it
 STEEP = 3  # levels at the minimum for which plans from store-all down are tried, too
 TWICE = ("chain", "descent")  # the solvers that plan larger steps in two orders
 FINE, COARSE = 0.2, 0.05  # effort of the lower bound, for small steps and others
+ROUNDED = 1 + 1e-12  # the judge may add times up in another order
 Solver = Callable[[Step, Sequence[int]], Iterable[Plan]]
 
 
@@ -125,11 +126,11 @@ class Planner:
         self._starts = points[: len(self._orders)] if len(self._given.names) <= MEDIUM else []
         high, unit = points[0].peak_bytes, self._flat.scale
         asked = [high * percent // 100 // unit for percent in range(95, 3, -5)]
-        for name, solver in self._solvers.items():
-            for rank, plan in self._plans(name, solver, unit, asked):
-                points.append(self._point(plan, name, rank))
-                if self._late():
-                    break
+
+        def run(member: tuple[str, Solver]) -> list[Point]:
+            return [self._point(plan, member[0], rank) for rank, plan in self._plans(*member, unit, asked)]
+
+        points += [point for found in side_by_side(run, self._solvers.items()) for point in found]
         levels: list[Point] = []
         if self._polisher and not self._late():
             points += self._polisher.squeeze(points)
@@ -161,6 +162,8 @@ class Planner:
                 return
             for plan in solver(step.coarsened(unit) if unit > 1 else step, levels):
                 yield rank, self._mapped(plan, order) if rank else plan
+                if self._late():
+                    return
 
     def _mapped(self, plan: Plan, order: Sequence[int]) -> Plan:
         """Return a plan for the step in some order of the given ops as one for the step that is planned."""
@@ -185,16 +188,7 @@ class Planner:
             if level <= low:
                 break
             if (low, high) not in self._between:
-                start = min(best, self._fastest_within(level), key=lambda point: point.time_s)
-                found = self._polisher.at(start, level, work=2 * self._polisher.effort.first, seed=4)
-                for higher in (above, *self._starts):
-                    other = self._polisher.down(
-                        higher, level, work=self._polisher.effort.first if higher is above else 0
-                    )
-                    found = self._polisher.better(found, other)
-                if found.time_s < above.time_s:
-                    found = self._polisher.at(start, level, work=0)
-                self._between[low, high] = found if above.time_s <= found.time_s < best.time_s else best
+                self._between[low, high] = self._halfway(best, above, level)
             middle = self._between[low, high]
             if level <= budget_bytes:
                 low, best = level, middle
@@ -202,13 +196,30 @@ class Planner:
                 high, above = level, middle
         return min(best, self._fastest_within(budget_bytes), key=lambda point: point.time_s)
 
+    def _halfway(self, below: Point, above: Point, level: int) -> Point:
+        """Return the best plan found within a level between two plans, never faster than the one above."""
+        polisher = self._polisher
+        assert polisher is not None
+        start = min(below, self._fastest_within(level), key=lambda point: point.time_s)
+
+        def run(higher: Point | None) -> Point | None:
+            if higher is None:
+                return polisher.at(start, level, work=2 * polisher.effort.first, seed=4)
+            return polisher.down(higher, level, work=polisher.effort.first if higher is above else 0)
+
+        candidates = side_by_side(run, (None, above, *self._starts))
+        found = min(filter(None, candidates), key=lambda point: point.time_s)
+        if found.time_s < above.time_s:
+            found = polisher.at(start, level, work=0)
+        return found if above.time_s <= found.time_s < below.time_s else below
+
     def _fastest_within(self, budget_bytes: int) -> Point:
         """Return the fastest plan of the portfolio itself, not searched around, within a budget."""
         return self._raw[bisect_right(self._raw, budget_bytes, key=lambda point: point.peak_bytes) - 1]
 
     def _point(self, plan: Plan, solver: str, rank: int = 0) -> Point:
-        order = plan.order
-        return Point(self._flat.peak_bytes(plan), self._step.duration_s(order), len(order), solver, plan, rank)
+        peak_bytes, time_s = self._flat.replay(plan)
+        return Point(peak_bytes, time_s, len(plan.order), solver, plan, rank)
 
     def _schedule(self, point: Point, budget_bytes: int) -> Schedule:
         names = [self._step.names[op] for op in point.plan.order]
@@ -221,12 +232,12 @@ class Planner:
 
     def _gap(self, time_s: float, budget_bytes: int) -> float | None:
         """Return how far a makespan is above what no schedule within the budget can beat; None out of time."""
-        if time_s <= self._store_all.time_s:
+        if time_s <= self._store_all.time_s * ROUNDED:
             return 0.0
         if self._late():
             return None
         if budget_bytes not in self._bounds:
             effort = FINE if len(self._step.names) <= SMALL else COARSE
-            self._bounds[budget_bytes] = makespan_bound(self._step, budget_bytes, effort=effort)
+            self._bounds[budget_bytes] = makespan_bound(self._step, budget_bytes, effort=effort, fits=True)
         bound_s = self._bounds[budget_bytes]
         return max(time_s / bound_s - 1, 0.0) if bound_s else float("inf")

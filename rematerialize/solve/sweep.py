@@ -58,19 +58,19 @@ def least(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
     """
     if len(step.names) > MEDIUM or not available or step.forwards == len(step.names):
         return
-    found = step.peak_bytes(step.store_all())
-    for plan in _least(step, found):
-        found = min(found, step.peak_bytes(plan))
+    flat, bound = FlatStep(step), minimum_bytes_bound(step)
+    found = flat.peak_bytes(step.store_all())
+    for plan in _least(flat, bound, found):
+        found = min(found, flat.peak_bytes(plan))
         yield plan
     even = replace(step, time_s=tuple(1.0 if time_s else 0.0 for time_s in step.time_s))
-    yield from _least(even, found, worth=found // WORTH)
+    yield from _least(FlatStep(even), bound, found, worth=found // WORTH)
 
 
-def _least(step: Step, high: int, worth: int = 0) -> Iterator[Plan]:
-    """Bisect between the lower bound and ``high``; give up if nothing is found ``worth`` bytes below it."""
-    flat = FlatStep(step)
+def _least(flat: FlatStep, low: int, high: int, worth: int = 0) -> Iterator[Plan]:
+    """Bisect between a lower bound and ``high``; give up if nothing is found ``worth`` bytes below it."""
+    step = flat.step
     longest = min(max(MAX_STRETCH, step.forwards) * len(step.names), LONGEST)
-    low = minimum_bytes_bound(step)
     if worth and low <= high - worth:
         plan = flat.sweep(high - worth, slack_bytes=0, size_power=1.0, distance_power=1.0, longest=longest)
         if plan is None:

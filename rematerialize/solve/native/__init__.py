@@ -54,7 +54,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "peak": (number, [pointer]),
         "spend": (ctypes.c_int, [pointer, number, number, real]),
         "descend": (ctypes.c_int, [pointer, number, number, real, real, ctypes.c_int]),
-        "replay_peak": (number, [pointer, pointer, number, number]),
+        "replay": (number, [pointer, pointer, number, number, pointer]),
         "prune": (number, [pointer, pointer, number, number, pointer]),
         "sweep": (
             number,
@@ -274,13 +274,18 @@ class FlatStep:
             len(step.names), step.forwards, len(step.size_bytes), *(array.ctypes.data for array in arrays.values())
         )
 
+    def replay(self, plan: Plan) -> tuple[int, float]:
+        """Return the peak memory in bytes and the makespan in seconds of a plan. O(length + edges)."""
+        if _library is None or self.scale > 1:
+            return self.step.peak_bytes(plan), self.step.duration_s(plan.order)
+        order: NDArray[np.int64] = np.array(plan.order, dtype=np.int64)
+        structure, time_s = ctypes.byref(self.structure), ctypes.c_double()
+        peak = _library.replay(structure, order.ctypes.data, len(order), plan.split, ctypes.byref(time_s))
+        return int(peak), time_s.value
+
     def peak_bytes(self, plan: Plan) -> int:
         """Return the peak memory of a plan. O(length + edges)."""
-        if _library is None or self.scale > 1:
-            return self.step.peak_bytes(plan)
-        order: NDArray[np.int64] = np.array(plan.order, dtype=np.int64)
-        structure = ctypes.byref(self.structure)
-        return int(_library.replay_peak(structure, order.ctypes.data, len(order), plan.split))
+        return self.replay(plan)[0]
 
     def prune(self, order: Sequence[int] | NDArray[np.int64], split: int) -> Plan:
         """Return the plan without executions whose results nobody reads. O(length + edges)."""

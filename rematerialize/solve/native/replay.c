@@ -7,8 +7,8 @@
 
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
-/* Peak of an order, in scaled bytes; -1 without memory. O(length + edges). */
-i64 replay_peak(const Graph *g, const i64 *order, i64 length, i64 split) {
+/* Peak of an order, in scaled bytes; -1 without memory. Writes how long it takes. O(length + edges). */
+i64 replay(const Graph *g, const i64 *order, i64 length, i64 split, double *time_s) {
     i64 *delta = calloc((size_t)length + 2, sizeof(i64));
     i64 *birth = malloc(((size_t)g->values + 1) * sizeof(i64)), *death = malloc(((size_t)g->values + 1) * sizeof(i64));
     i64 found = -1;
@@ -37,8 +37,10 @@ i64 replay_peak(const Graph *g, const i64 *order, i64 length, i64 split) {
             delta[death[v] + 1] -= g->size[v];
         }
         found = 0;
+        *time_s = 0;
         for (i64 k = 0, live = 0; k < length; k++) {
             live += delta[k];
+            *time_s += g->time_s[order[k]];
             found = MAX(found, live + g->transient[order[k]]);
         }
     }
