@@ -22,7 +22,7 @@ from rematerialize.solve.step import Plan, Step, compile_step
 
 HALVINGS = 7  # of the room between two archived peaks, down to the budget that was asked for
 LEVELS = 18  # between the minimum and store-all
-NEAR = (0, 1, 2, 4, 7, 11)  # more levels near the minimum, in percent above it
+NEAR = (0, 1, 2, 4, 7, 11, 17, 25, 35)  # more levels near the minimum, in percent above it
 STEEP = 3  # levels at the minimum for which plans from store-all down are tried, too
 TWICE = ("chain", "descent")  # the solvers that plan larger steps in two orders
 FINE, COARSE = 0.2, 0.05  # effort of the lower bound, for small steps and others

@@ -152,7 +152,7 @@ class Polisher:
             return job[0] if self._late() else self.at(job[0], job[1], work=work, seed=2)
 
         ranked = sorted({*levels}, reverse=True)
-        steep = ranked[-1] * 115 // 100  # near the minimum plans differ most
+        steep = ranked[-1] * 150 // 100  # near the minimum plans differ most
         easy = ranked[0] * 6 // 10  # with so much room the first pass is within 0.3 % of the lower bound
         found = [(point, level) for point, level in zip(side_by_side(first, ranked), ranked, strict=True) if point]
         if self.effort.second:
