@@ -74,6 +74,9 @@ FOUND = {
     "an LSTM without gradients runs another primitive": Recipe(
         (Piece("no_grad", body=(Piece("lstm"),)),), home="sequence", inputs_with_grad=3
     ),
+    "a group norm's statistics under autocast are in its parameters' precision": Recipe(
+        (Piece("autocast", body=(Piece("product"), Piece("group_norm"))),)
+    ),
     "store-all below the least budget of a named solver": Recipe(
         (
             Piece("buffer", a=5, b=3),

@@ -115,12 +115,21 @@ def _checks_once(graph: fx.Graph, written: dict[fx.Node, tuple[fx.Node, ...]]) -
                 written[node] = ()
 
 
+_NORM_PARAMETERS = {  # where norms have their parameters
+    aten._native_batch_norm_legit_functional.default: (1, 2, 3),
+    aten.native_group_norm.default: (1, 2),
+    aten.native_layer_norm.default: (2, 3),
+}
+
+
 def _mixed_precision_statistics(graph: fx.Graph) -> None:
-    """Under autocast a batch norm keeps its statistics in the parameters' precision; its fake kernel errs."""
+    """Under autocast norms keep their statistics in the parameters' precision; their fake kernels err."""
     for node in graph.nodes:
-        if node.target is not aten._native_batch_norm_legit_functional.default or node.args[1] is None:
+        places = _NORM_PARAMETERS.get(node.target, ())
+        parameter = next((node.args[at] for at in places if node.args[at] is not None), None)
+        if parameter is None:
             continue
-        dtype = node.args[1].meta["val"].dtype
+        dtype = parameter.meta["val"].dtype
         value = list(node.meta["val"])
         for index in (1, 2):
             if value[index].dtype != dtype:
@@ -129,7 +138,16 @@ def _mixed_precision_statistics(graph: fx.Graph) -> None:
         node.meta["val"] = tuple(value)
         for user in node.users:
             if user.target is private.getitem and user.args[1] in (1, 2):
-                user.meta["val"] = value[user.args[1]]
+                _retell(user, value[user.args[1]])
+
+
+def _retell(node: fx.Node, value: Tensor) -> None:
+    """Say what a node and its detached twins really are."""
+    node.meta["val"] = value
+    for user in node.users:
+        if user.target is aten.detach.default:
+            with value.fake_mode:  # type: ignore[attr-defined]
+                _retell(user, value.detach())
 
 
 def _statistics_in_place(
