@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from rematerialize import torch_private as private
-from rematerialize.api import choose
-from rematerialize.budget import optimizer_bytes, read_budget
+from rematerialize.budget import optimizer_bytes
 from rematerialize.capture import FlatInputs
+from rematerialize.plans import Plan
 from rematerialize.prepare import PreparedStep, Progress, bind_inputs, prepare_example
 from rematerialize.report.modules import WHOLE, LiveTensor, ModuleRow, module_rows, top_tensors
 from rematerialize.report.sparkline import sparkline
@@ -264,9 +264,24 @@ def profile(
         return found
     if progress is not None:
         progress("measure", 0, 1)
-    store_all = choose(model, prepared, read_budget(None, "100%"))
-    eager, (ours,) = try_plans(model, example_inputs, [store_all])
+    eager, (ours,) = try_plans(model, example_inputs, [_as_captured(prepared)])
     return replace(found, measured=Measured(ours.peak_bytes, ours.step_s, eager.peak_bytes, eager.step_s))
+
+
+def _as_captured(prepared: PreparedStep) -> Plan:
+    """The plan that runs what was captured, in its order: a planner's would reorder it for a lower peak."""
+    schedule = prepared.planner.store_all()
+    return Plan(
+        graph=prepared.graph,
+        schedule=schedule,
+        budget_bytes=schedule.peak_bytes,
+        store_all_peak_bytes=schedule.peak_bytes,
+        store_all_time_s=schedule.time_s,
+        minimum_bytes=schedule.peak_bytes,
+        resident_bytes=prepared.resident_bytes,
+        plan_s=0.0,
+        prepared=prepared,
+    )
 
 
 def _resident(prepared: PreparedStep, inputs: FlatInputs) -> dict[str, int]:
