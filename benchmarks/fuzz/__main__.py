@@ -1,8 +1,13 @@
-"""``python -m benchmarks.fuzz``: many random modules, counted by outcome and by piece."""
+"""``python -m benchmarks.fuzz``: many random modules, counted by outcome and by piece.
+
+Ten thousand examples take hours: ``--resume`` goes on with a record as long as what it is about (`TESTED`) stays
+unchanged.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -21,9 +26,25 @@ from benchmarks.fuzz.recipe import Recipe, read
 from benchmarks.fuzz.strategies import recipes
 from benchmarks.provenance import Provenance, provenance
 
-FORMAT = "rematerialize.fuzz/1"
+FORMAT = "rematerialize.fuzz/2"
 RESULT = Path(__file__).resolve().parents[1] / "results" / "fuzz.json"
 PACKAGES = ("rematerialize", "torch", "hypothesis")
+ROOT = Path(__file__).resolve().parents[2]
+TESTED = (  # all that decides what a wrapped module computes under a schedule; recipes make schedules of their own, too
+    "rematerialize/capture",
+    "rematerialize/emit.py",
+    "rematerialize/ir.py",
+    "rematerialize/partial.py",
+    "rematerialize/plans.py",
+    "rematerialize/prepare.py",
+    "rematerialize/python_state.py",
+    "rematerialize/runtime.py",
+    "rematerialize/signature.py",
+    "rematerialize/simulate.py",
+    "rematerialize/torch_private.py",
+    "rematerialize/wrapper.py",
+    "benchmarks/fuzz",
+)
 CHUNK = 500  # examples per Hypothesis run: it draws small ones first
 TOLD = 50  # failures that are kept
 
@@ -59,15 +80,16 @@ class Tally:
         return self.outcomes.total() - self.outcomes["invalid"]
 
 
-def fuzz(examples: int, first_seed: int, limit_s: float, every: Callable[[Tally], None]) -> Tally:
-    """Check recipes until there are enough valid ones, or the time is over."""
-    tally = Tally()
+def fuzz(
+    examples: int, first_seed: int, limit_s: float, every: Callable[[Tally, int], None], tally: Tally
+) -> tuple[Tally, int]:
+    """Check recipes until there are enough valid ones, or the time is over; return the next seed, too."""
     seen: set[Recipe] = set()
     deadline = time.monotonic() + limit_s
-    number = first_seed
+    next_seed = first_seed
     while tally.examples < examples and time.monotonic() < deadline:
 
-        @seed(number)
+        @seed(next_seed)
         @settings(
             max_examples=CHUNK,
             database=None,
@@ -85,11 +107,11 @@ def fuzz(examples: int, first_seed: int, limit_s: float, every: Callable[[Tally]
             if outcome.status == "failed":
                 print(f"FAILED {outcome.detail}\n  {recipe!r}", flush=True)
             if tally.outcomes.total() % 100 == 0:
-                every(tally)
+                every(tally, next_seed)
 
+        next_seed += 1
         run()
-        number += 1
-    return tally
+    return tally, next_seed
 
 
 def shrink(recipe: Recipe) -> Recipe:
@@ -151,10 +173,22 @@ def _fewer(pieces: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return found
 
 
-def record(tally: Tally, told: Provenance, wall_s: float) -> dict[str, Any]:
+def tested_code() -> str:
+    """Digest of the sources in `TESTED`."""
+    digest = hashlib.sha256()
+    for place in TESTED:
+        path = ROOT / place
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def record(tally: Tally, told: Provenance, wall_s: float, next_seed: int) -> dict[str, Any]:
     return {
         "format": FORMAT,
         **asdict(told),
+        "tested_code": tested_code(),
+        "next_seed": next_seed,
         "wall_s": round(wall_s, 1),
         "examples": tally.examples,
         "outcomes": {name: tally.outcomes[name] for name in ("equal", "rounded", "refused", "failed")},
@@ -167,11 +201,25 @@ def record(tally: Tally, told: Provenance, wall_s: float) -> dict[str, Any]:
     }
 
 
+def resumed(path: Path) -> tuple[Tally, int, float] | None:
+    """The tally, the next seed and the seconds of a record of the same code; None if there is none."""
+    if not path.exists():
+        return None
+    old = json.loads(path.read_text(encoding="utf-8"))
+    if (old["format"], old["tested_code"]) != (FORMAT, tested_code()):
+        return None
+    outcomes = Counter(old["outcomes"], invalid=old["not_for_eager"])
+    counts = (old["refused_by_reason"], {}, old["examples_by_piece"], old["examples_by_solver"])
+    tally = Tally(outcomes, *map(Counter, counts), old["with_recomputation"], old["failures"])
+    return tally, old["next_seed"], old["wall_s"]
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__)
     parser.add_argument("--examples", type=int, default=1000, help="valid examples to check")
     parser.add_argument("--seed", type=int, default=0, help="of the recipes")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument("--resume", action="store_true", help="go on with the record of the same code, if there is one")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--recipe", help="check this one: the repr of a recipe")
     parser.add_argument("--shrink", action="store_true", help="make a failing --recipe smaller")
@@ -185,16 +233,17 @@ def main(arguments: list[str]) -> int:
         print(f"{recipe!r}\n{outcome.status}: {outcome.detail}")
         return int(outcome.status == "failed")
     told = provenance("benchmarks.fuzz", arguments, PACKAGES, options.seed)
-    start = time.monotonic()
+    before = resumed(options.output) if options.resume else None
+    tally, first_seed, spent_s = before or (Tally(), options.seed, 0.0)
+    start = time.monotonic() - spent_s
 
-    def save(tally: Tally) -> None:
+    def save(tally: Tally, next_seed: int) -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record(tally, told, time.monotonic() - start), indent=1)
+        text = json.dumps(record(tally, told, time.monotonic() - start, next_seed), indent=1)
         options.output.write_text(text + "\n", encoding="utf-8")
         print(f"{time.monotonic() - start:.0f} s: {dict(tally.outcomes)}", flush=True)
 
-    tally = fuzz(options.examples, options.seed, options.minutes * 60, save)
-    save(tally)
+    save(*fuzz(options.examples, first_seed, options.minutes * 60, save, tally))
     print(json.dumps({"invalid": tally.invalid.most_common(15)}, indent=1))
     return int(tally.outcomes["failed"] > 0)
 
