@@ -60,6 +60,7 @@ class Tally:
     solvers: Counter[str] = field(default_factory=Counter)
     recomputing: int = 0
     failures: list[dict[str, str]] = field(default_factory=list)
+    next_seed: int = 0
 
     def add(self, recipe: Recipe, outcome: Outcome) -> None:
         self.outcomes[outcome.status] += 1
@@ -80,16 +81,13 @@ class Tally:
         return self.outcomes.total() - self.outcomes["invalid"]
 
 
-def fuzz(
-    examples: int, first_seed: int, limit_s: float, every: Callable[[Tally, int], None], tally: Tally
-) -> tuple[Tally, int]:
-    """Check recipes until there are enough valid ones, or the time is over; return the next seed, too."""
+def fuzz(examples: int, limit_s: float, every: Callable[[Tally], None], tally: Tally) -> None:
+    """Check recipes into a tally until it has enough valid ones, or the time is over."""
     seen: set[Recipe] = set()
     deadline = time.monotonic() + limit_s
-    next_seed = first_seed
     while tally.examples < examples and time.monotonic() < deadline:
 
-        @seed(next_seed)
+        @seed(tally.next_seed)
         @settings(
             max_examples=CHUNK,
             database=None,
@@ -107,11 +105,10 @@ def fuzz(
             if outcome.status == "failed":
                 print(f"FAILED {outcome.detail}\n  {recipe!r}", flush=True)
             if tally.outcomes.total() % 100 == 0:
-                every(tally, next_seed)
+                every(tally)
 
-        next_seed += 1
+        tally.next_seed += 1
         run()
-    return tally, next_seed
 
 
 def shrink(recipe: Recipe) -> Recipe:
@@ -183,12 +180,12 @@ def tested_code() -> str:
     return digest.hexdigest()[:16]
 
 
-def record(tally: Tally, told: Provenance, wall_s: float, next_seed: int) -> dict[str, Any]:
+def record(tally: Tally, told: Provenance, wall_s: float) -> dict[str, Any]:
     return {
         "format": FORMAT,
         **asdict(told),
         "tested_code": tested_code(),
-        "next_seed": next_seed,
+        "next_seed": tally.next_seed,
         "wall_s": round(wall_s, 1),
         "examples": tally.examples,
         "outcomes": {name: tally.outcomes[name] for name in ("equal", "rounded", "refused", "failed")},
@@ -201,8 +198,8 @@ def record(tally: Tally, told: Provenance, wall_s: float, next_seed: int) -> dic
     }
 
 
-def resumed(path: Path) -> tuple[Tally, int, float] | None:
-    """The tally, the next seed and the seconds of a record of the same code; None if there is none."""
+def resumed(path: Path) -> tuple[Tally, float] | None:
+    """The tally and the seconds of a record of the same code; None if there is none."""
     if not path.exists():
         return None
     old = json.loads(path.read_text(encoding="utf-8"))
@@ -210,8 +207,8 @@ def resumed(path: Path) -> tuple[Tally, int, float] | None:
         return None
     outcomes = Counter(old["outcomes"], invalid=old["not_for_eager"])
     counts = (old["refused_by_reason"], {}, old["examples_by_piece"], old["examples_by_solver"])
-    tally = Tally(outcomes, *map(Counter, counts), old["with_recomputation"], old["failures"])
-    return tally, old["next_seed"], old["wall_s"]
+    tally = Tally(outcomes, *map(Counter, counts), old["with_recomputation"], old["failures"], old["next_seed"])
+    return tally, old["wall_s"]
 
 
 def main(arguments: list[str]) -> int:
@@ -234,16 +231,17 @@ def main(arguments: list[str]) -> int:
         return int(outcome.status == "failed")
     told = provenance("benchmarks.fuzz", arguments, PACKAGES, options.seed)
     before = resumed(options.output) if options.resume else None
-    tally, first_seed, spent_s = before or (Tally(), options.seed, 0.0)
+    tally, spent_s = before or (Tally(next_seed=options.seed), 0.0)
     start = time.monotonic() - spent_s
 
-    def save(tally: Tally, next_seed: int) -> None:
+    def save(tally: Tally) -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record(tally, told, time.monotonic() - start, next_seed), indent=1)
+        text = json.dumps(record(tally, told, time.monotonic() - start), indent=1)
         options.output.write_text(text + "\n", encoding="utf-8")
         print(f"{time.monotonic() - start:.0f} s: {dict(tally.outcomes)}", flush=True)
 
-    save(*fuzz(options.examples, first_seed, options.minutes * 60, save, tally))
+    fuzz(options.examples, options.minutes * 60, save, tally)
+    save(tally)
     print(json.dumps({"invalid": tally.invalid.most_common(15)}, indent=1))
     return int(tally.outcomes["failed"] > 0)
 
