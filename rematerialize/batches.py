@@ -22,7 +22,7 @@ from rematerialize.prepare import PreparedStep, home_of, prepare_example
 from rematerialize.report.table import plan_table
 from rematerialize.targets.inputs import batch_of, resized
 from rematerialize.trial import planned_peak
-from rematerialize.units import format_bytes, format_percent
+from rematerialize.units import format_bytes, format_percent, parse_overhead
 
 LARGEST = 2**20
 _HERE = "2-core CPU"  # whose formulas stand in where only sizes matter
@@ -62,6 +62,10 @@ class MaxBatch:
         Measured peak of one real step at ``with_plan``, resident tensors and reserve included; None where no step ran.
     overhead : float or None
         Predicted recomputation at ``with_plan`` under the budget.
+    max_overhead : float or None
+        The recomputation that was asked not to be exceeded,
+    within_overhead : int or None
+        and the largest batch that doesn't, found by bisection.
     """
 
     budget_bytes: int
@@ -71,6 +75,8 @@ class MaxBatch:
     device: str
     confirmed_peak_bytes: int | None = None
     overhead: float | None = None
+    max_overhead: float | None = None
+    within_overhead: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as JSON-ready data."""
@@ -93,6 +99,9 @@ class MaxBatch:
             rows.append(("  its recomputation", format_percent(max(self.overhead, 0.0))))
         if self.confirmed_peak_bytes is not None:
             rows.append(("  measured in one step", size(self.confirmed_peak_bytes)))
+        if self.max_overhead is not None:
+            share = format_percent(self.max_overhead)
+            rows.append((f"largest batch, recomputing at most {share}", f"{self.within_overhead:,}"))
         rows.append(("device", self.device))
         return rows
 
@@ -113,6 +122,7 @@ def max_batch(
     optimizer: Any = None,
     device: str | None = None,
     confirm: bool = True,
+    max_overhead: float | str | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> MaxBatch:
     """Find the largest batch that fits.
@@ -130,6 +140,9 @@ def max_batch(
         As in ``plan``.
     confirm : bool
         On a device that is here: measure workspace at the answer and its neighbours, and run one step.
+    max_overhead : float or str, optional
+        Also find the largest batch whose plan recomputes no more than this share of the step's time ("25%"): the
+        largest of all is often a slow one.
     tell : callable
         Gets a line of text per batch that is tried.
 
@@ -144,6 +157,7 @@ def max_batch(
             "an activation budget for the largest batch must be a size such as '8GiB': a share of what storing "
             "everything takes grows with the batch"
         )
+    limit = None if max_overhead is None else parse_overhead(max_overhead, name="max_overhead")
     here = device not in DEVICES
     step = _Step(model, example_inputs, batch_dim, request, device)
     start = batch_of(example_inputs, batch_dim)
@@ -164,8 +178,12 @@ def max_batch(
             tell(f"running one step at batch {with_plan}")
             peak = planned_peak(model, resized(example_inputs, with_plan, batch_dim), made)
             peak += step.besides(found.prepared(with_plan))
+    within = None
+    if limit is not None:
+        tell(f"the same recomputing at most {format_percent(limit)}")
+        within = found.largest_within(limit, without, with_plan)
     name = device_name(home_of(model)) if here else f"{device} (computed)"
-    return MaxBatch(budget_bytes, without, with_plan, found.tried(), name, peak, overhead)
+    return MaxBatch(budget_bytes, without, with_plan, found.tried(), name, peak, overhead, limit, within)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +267,18 @@ class _Needs:
             if high <= LARGEST and tries % 3 == 0:
                 guess = (low + high) // 2
             guess = min(max(guess, low + 1), high - 1)
+        return low
+
+    def largest_within(self, max_overhead: float, low: int, high: int) -> int:
+        """The largest batch between one that fits as it is and one that fits with a plan that costs no more."""
+        while high > low:
+            middle = (low + high + 1) // 2
+            overhead = choose(self.step.model, self.prepared(middle), self.step.request).overhead
+            self.tell(f"batch {middle:,}: recomputes {format_percent(max(overhead, 0.0))}")
+            if overhead <= max_overhead:
+                low = middle
+            else:
+                high = middle - 1
         return low
 
     def _crossing(self, budget_bytes: int, bytes_of: Callable[[Need], int]) -> int | None:

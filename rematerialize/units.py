@@ -162,6 +162,31 @@ def percent(text: str, *, name: str = "percentage") -> Fraction:
     return fraction
 
 
+def parse_overhead(value: float | str, *, name: str = "overhead") -> float:
+    """Read a share of time that may be added: a number (0.25) or a percentage, which may be above 100%.
+
+    Raises
+    ------
+    UnitError
+        For anything else, and for negative values.
+
+    Examples
+    --------
+    >>> parse_overhead("25%"), parse_overhead(0.25), parse_overhead("150 %")
+    (0.25, 0.25, 1.5)
+    """
+    found = float("nan")
+    if isinstance(value, str):
+        match = _QUANTITY.fullmatch(value)
+        if match is not None and match["unit"] == "%":
+            found = float(Fraction(match["number"]) / 100)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        found = float(value)
+    if not 0 <= found < math.inf:
+        raise UnitError(f"{name} {value!r} can't be read: expected a percentage of time; write for example '25%'")
+    return found
+
+
 def format_bytes(size_bytes: int) -> str:
     """Show a size in binary units, rounded up in its last digit.
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import rematerialize as remat
 from rematerialize.analytic import on_fake_tensors
-from rematerialize.errors import RematerializeError
+from rematerialize.errors import RematerializeError, UnitError
 from rematerialize.targets.inputs import resized
 
 WIDTH = 64
@@ -48,6 +48,23 @@ def test_an_optimizer_and_a_reserve_leave_less() -> None:
     bare = remat.max_batch(net, inputs(), budget="256KiB", confirm=False)
     less = remat.max_batch(net, inputs(), budget="256KiB", optimizer="adamw", reserve="64KiB", confirm=False)
     assert less.with_plan < bare.with_plan
+
+
+def test_a_batch_that_recomputes_little_lies_between() -> None:
+    net, budget = model(), 2**20
+    found = remat.max_batch(net, inputs(), budget=budget, confirm=False, max_overhead="20%")
+    assert found.within_overhead is not None
+    assert found.without < found.within_overhead < found.with_plan
+    # At its own costs: measured, where the search ran on computed ones.
+    costs = "2-core CPU"
+    overheads = [
+        remat.plan(net, resized(inputs(), found.within_overhead + more, 0), budget=budget, device=costs).overhead
+        for more in (0, 1)
+    ]
+    assert overheads[0] <= 0.2 < overheads[1]
+    assert "recomputing at most 20.0%" in str(found)
+    with pytest.raises(UnitError, match="25%"):
+        remat.max_batch(net, inputs(), budget=budget, max_overhead="much")
 
 
 def test_where_not_even_one_fits_the_answer_is_none() -> None:

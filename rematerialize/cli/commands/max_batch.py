@@ -34,6 +34,10 @@ def max_batch(
     device: DeviceOption = None,
     optimizer: OptimizerOption = None,
     reserve: ReserveOption = None,
+    max_overhead: Annotated[
+        str | None,
+        typer.Option("--max-overhead", metavar="SHARE", help="Also the largest that recomputes no more: 25%."),
+    ] = None,
     confirm: Annotated[
         bool, typer.Option("--confirm/--no-confirm", help="Run one real step at the answer, where the device is here.")
     ] = True,
@@ -54,6 +58,7 @@ def max_batch(
             optimizer=optimizer,
             device=session.device,
             confirm=confirm,
+            max_overhead=max_overhead,
             tell=console.progress,
         )
     if console.as_json:
