@@ -101,11 +101,15 @@ def test_never_slower_than_the_portfolio(name: str) -> None:
     graph = {"gpt": graphs.gpt(1), "chain": graphs.chain(8), "resnet": graphs.resnet((1,))}[name]
     step, planner = compile_step(graph), Planner(graph)
     high = planner.store_all().peak_bytes
+    number = {name: op for op, name in enumerate(step.names)}
     for budget in (high * 4 // 5, high * 3 // 5):
-        found = solve_exact(step, budget)
+        ours = planner.solve(budget)
+        # In the order of the portfolio's plan: it may be faster than every plan in the graph's order.
+        order = tuple(number[name] for name in (*ours.forward, *ours.backward))
+        found = solve_exact(step, budget, hint=Plan(order, len(ours.forward)))
         assert found.proven
         assert found.plan is not None
-        assert found.bound_s <= step.duration_s(found.plan.order) <= planner.solve(budget).time_s + 1e-12
+        assert found.bound_s <= step.duration_s(found.plan.order) <= ours.time_s + 1e-12
 
 
 def test_sizes_above_float_precision_keep_the_budget_to_the_byte() -> None:
