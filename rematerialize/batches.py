@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -123,6 +124,7 @@ def max_batch(
     device: str | None = None,
     confirm: bool = True,
     max_overhead: float | str | None = None,
+    cost_cache: str | Path | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> MaxBatch:
     """Find the largest batch that fits.
@@ -143,6 +145,8 @@ def max_batch(
     max_overhead : float or str, optional
         Also find the largest batch whose plan recomputes no more than this share of the step's time ("25%"): the
         largest of all is often a slow one.
+    cost_cache : str or Path, optional
+        As in ``plan``.
     tell : callable
         Gets a line of text per batch that is tried.
 
@@ -159,7 +163,7 @@ def max_batch(
         )
     limit = None if max_overhead is None else parse_overhead(max_overhead, name="max_overhead")
     here = device not in DEVICES
-    step = _Step(model, example_inputs, batch_dim, request, device)
+    step = _Step(model, example_inputs, batch_dim, request, device, cost_cache)
     start = batch_of(example_inputs, batch_dim)
     computed = _Needs(step, _HERE if here else device, tell)
     budget_bytes = step.budget_bytes(computed.prepared(start), here)
@@ -195,6 +199,7 @@ class _Step:
     batch_dim: int
     request: BudgetRequest
     device: str | None
+    cost_cache: str | Path | None
 
     def budget_bytes(self, prepared: PreparedStep, here: bool) -> int:
         """The budget in the scope in which it was given."""
@@ -225,7 +230,8 @@ class _Needs:
         if self.last is None or self.last[0] != batch:
             inputs = resized(self.step.inputs, batch, self.step.batch_dim)
             try:
-                self.last = batch, prepare_example(self.step.model, inputs, device=self.device)
+                prepared = prepare_example(self.step.model, inputs, device=self.device, cost_cache=self.step.cost_cache)
+                self.last = batch, prepared
             except CaptureError as error:
                 raise CaptureError(f"at batch {batch}: {error}") from error
         return self.last[1]

@@ -11,6 +11,7 @@ from rematerialize.cli.console import Console
 from rematerialize.cli.options import (
     ActivationBudgetOption,
     BudgetOption,
+    CostCacheOption,
     DeviceOption,
     DtypeOption,
     OptimizerOption,
@@ -41,10 +42,11 @@ def max_batch(
     confirm: Annotated[
         bool, typer.Option("--confirm/--no-confirm", help="Run one real step at the answer, where the device is here.")
     ] = True,
+    cost_cache: CostCacheOption = None,
 ) -> None:
     """Find the largest batch that fits the budget, without a plan and with one."""
     check_budgets(budget, activation_budget)
-    session = open_session(console, target, inputs, dtype=dtype, device=device)
+    session = open_session(console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache)
     with user_output():
         from rematerialize.batches import max_batch as find
 
@@ -59,6 +61,7 @@ def max_batch(
             device=session.device,
             confirm=confirm,
             max_overhead=max_overhead,
+            cost_cache=session.options["cost_cache"],
             tell=console.progress,
         )
     if console.as_json:
