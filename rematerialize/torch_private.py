@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch._C import DispatchKey
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+from torch._decomp import decomposition_table
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     InputMutationAOTOutput,
@@ -36,6 +37,7 @@ from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._library import simple_registry
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
@@ -168,6 +170,44 @@ def _plain_checks() -> Iterator[None]:
         holder._effect = effect
         if not kept:
             _side_effectful_functions.discard(linalg_check)
+
+
+_BATCH_NORMS = (
+    torch.ops.aten._native_batch_norm_legit_functional.default,
+    torch.ops.aten._native_batch_norm_legit.default,
+    torch.ops.aten._native_batch_norm_legit.no_stats,
+    torch.ops.aten._native_batch_norm_legit_no_training.default,
+    torch.ops.aten.native_batch_norm.default,
+    torch.ops.aten.native_batch_norm_backward.default,
+)
+
+
+@contextlib.contextmanager
+def _laid_out_batch_norms() -> Iterator[None]:
+    """Tell the trace how a batch norm on the CPU lays out its result.
+
+    It does as its input suggests, contiguous or channels last; torch's fake kernels keep any layout of the input, and
+    in the backward that of the gradient. A ``contiguous()`` right after it would be left out of the trace though it
+    copies in a real step, and kernels that rely on it (an LSTM's) would read their input in the wrong order.
+    """
+    before: dict[Any, Callable[..., Any]] = {op: decomposition_table[op] for op in _BATCH_NORMS}
+    decomposition_table.update({op: _laid_out(op, kernel) for op, kernel in before.items()})
+    try:
+        yield
+    finally:
+        decomposition_table.update(before)
+
+
+def _laid_out(op: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    backward = op is torch.ops.aten.native_batch_norm_backward.default
+
+    @functools.wraps(kernel)  # fake tensors go by the name and the module
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if first.device.type == "cpu":
+            first = first.contiguous(memory_format=suggest_memory_format(args[0] if backward else first))
+        return kernel(first, *args, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager
@@ -320,6 +360,7 @@ def trace_joint(function: Callable[..., Sequence[Tensor]], primals: Sequence[Ten
         _eager_composites(),
         _compiling_flag(),
         _plain_checks(),
+        _laid_out_batch_norms(),
         _recorded_sources(),
         functorch_config.patch(backward_pass_autocast="off"),
     ):

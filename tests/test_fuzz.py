@@ -77,6 +77,9 @@ FOUND = {
     "a group norm's statistics under autocast are in its parameters' precision": Recipe(
         (Piece("autocast", body=(Piece("product"), Piece("group_norm"))),)
     ),
+    "an LSTM reads a batch norm that has laid out its result anew": Recipe(
+        (Piece("loop", body=(Piece("lstm"), Piece("batch_norm"))),), home="image"
+    ),
     "store-all below the least budget of a named solver": Recipe(
         (
             Piece("buffer", a=5, b=3),
