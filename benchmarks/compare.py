@@ -218,7 +218,7 @@ def _describe(arguments: list[str], scale: Scale) -> Comparison:
 def render(*, check: bool) -> int:
     """Write (or only compare) the markdown of every JSON; returns the number of stale pages."""
     stale = 0
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(RESULTS.glob("bench*.json")):  # the folder holds records of other kinds, too
         page, text = path.with_suffix(".md"), markdown(Comparison.load(path))
         if not page.exists() or page.read_text(encoding="utf-8") != text:
             stale += 1
