@@ -140,6 +140,9 @@ def _measure_memory(fresh: dict[str, Kernel], known: dict[str, MeasuredCost], pr
         progress(min(start + _CHUNK, len(unknown)))
 
 
+_SCATTERS_BY_MASK = frozenset({torch.ops.aten.masked_scatter, torch.ops.aten.masked_scatter_})
+
+
 @dataclass(frozen=True, slots=True)
 class _Memory:
     transient_bytes: int
@@ -279,6 +282,10 @@ def _prepare(kernel: Kernel) -> Callable[[], Any]:
             if source not in inside and source not in data:
                 workspace = _opaque(source)
                 data[source] = _synthetic(source.meta["val"]) if workspace is None else workspace
+    for node, _ in kernel.calls:
+        # Its source may hold fewer values than the mask: the one op that refuses a mask all true.
+        if getattr(node.target, "_overloadpacket", None) in _SCATTERS_BY_MASK and node.args[1] in data:
+            data[node.args[1]].zero_()
 
     def run() -> Any:
         values = dict(data)
@@ -318,7 +325,10 @@ def _opaque(source: fx.Node) -> Tensor | None:
 
 
 def _synthetic(value: Any) -> Any:
-    """A real tensor with the layout of a fake one: floats in (0.25, 1), so that no formula meets a NaN."""
+    """A real tensor with the layout of a fake one: floats in (0.25, 1), so that no formula meets a NaN.
+
+    Booleans are true: what a mask selects takes workspace (a backward of `masked_scatter`).
+    """
     if isinstance(value, (tuple, list)):
         return type(value)(_synthetic(item) for item in value)
     if not isinstance(value, Tensor):
@@ -334,6 +344,8 @@ def _synthetic(value: Any) -> Any:
         return filled
     elif value.is_complex():
         base.fill_(0.5)
+    elif value.dtype == torch.bool:
+        base.fill_(True)
     else:
         base.zero_()
     return base.as_strided(value.shape, value.stride())

@@ -20,6 +20,9 @@ EXAMPLES = 200
 
 # What the fuzzer found, shrunk, by what was wrong.
 FOUND = {
+    "what a mask selects takes workspace that a mask all false doesn't show": Recipe(
+        (Piece("index", k=19), Piece("contiguous", k=1)), home="image", inputs_with_grad=3
+    ),
     "outputs that are inputs": Recipe((Piece("contiguous"),), outputs=(0,), inputs_with_grad=1),
     "one tensor returned twice counted twice": Recipe(
         (Piece("linear"), Piece("activation", k=5)), wide=True, outputs=(0, 0), used=2, solver="store_all"
