@@ -284,8 +284,9 @@ def _prepare(kernel: Kernel) -> Callable[[], Any]:
                 data[source] = _synthetic(source.meta["val"]) if workspace is None else workspace
     for node, _ in kernel.calls:
         # Its source may hold fewer values than the mask: the one op that refuses a mask all true.
-        if getattr(node.target, "_overloadpacket", None) in _SCATTERS_BY_MASK and node.args[1] in data:
-            data[node.args[1]].zero_()
+        mask = node.args[1] if getattr(node.target, "_overloadpacket", None) in _SCATTERS_BY_MASK else None
+        if isinstance(mask, fx.Node) and mask in data:
+            data[mask].zero_()
 
     def run() -> Any:
         values = dict(data)

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import tensors_of
+from rematerialize.capture.kernel_layouts import faking
 
 aten = torch.ops.aten
 
@@ -191,7 +192,7 @@ def _fake_result(node: fx.Node) -> Any:
     if mode is None or not callable(node.target):
         raise _Unfollowed
     try:
-        with mode, torch.no_grad():
+        with faking(mode), torch.no_grad():
             return node.target(*args, **kwargs)
     except (TypeError, NotImplementedError):
         raise _Unfollowed from None

@@ -24,7 +24,6 @@ from torch import Tensor, fx, nn
 from torch._C import DispatchKey
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
-from torch._decomp import decomposition_table
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     InputMutationAOTOutput,
@@ -37,7 +36,6 @@ from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._library import simple_registry
-from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
@@ -172,42 +170,39 @@ def _plain_checks() -> Iterator[None]:
             _side_effectful_functions.discard(linalg_check)
 
 
-_BATCH_NORMS = (
-    torch.ops.aten._native_batch_norm_legit_functional.default,
-    torch.ops.aten._native_batch_norm_legit.default,
-    torch.ops.aten._native_batch_norm_legit.no_stats,
-    torch.ops.aten._native_batch_norm_legit_no_training.default,
-    torch.ops.aten.native_batch_norm.default,
-    torch.ops.aten.native_batch_norm_backward.default,
-)
+# For an op, its arguments, a position among its results and the fake one there: its real strides, None if it has them.
+LayoutRule = Callable[[Any, Sequence[Any], int, Tensor], Sequence[int] | None]
 
 
 @contextlib.contextmanager
-def _laid_out_batch_norms() -> Iterator[None]:
-    """Tell the trace how a batch norm on the CPU lays out its result.
+def real_layouts(strides: LayoutRule) -> Iterator[None]:
+    """Give the results of fake kernels the layouts that the real ones return."""
+    with _TRACE_LOCK:
+        dispatch = FakeTensorMode.dispatch
 
-    It does as its input suggests, contiguous or channels last; torch's fake kernels keep any layout of the input, and
-    in the backward that of the gradient. A ``contiguous()`` right after it would be left out of the trace though it
-    copies in a real step, and kernels that rely on it (an LSTM's) would read their input in the wrong order.
-    """
-    before: dict[Any, Callable[..., Any]] = {op: decomposition_table[op] for op in _BATCH_NORMS}
-    decomposition_table.update({op: _laid_out(op, kernel) for op, kernel in before.items()})
-    try:
-        yield
-    finally:
-        decomposition_table.update(before)
+        def laid_out(mode: FakeTensorMode, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = dispatch(mode, op, types, args, kwargs or {})
+            if isinstance(result, Tensor):
+                return _laid_out(mode, result, strides(op, args, 0, result))
+            if isinstance(result, tuple):
+                return tuple(
+                    _laid_out(mode, one, strides(op, args, at, one)) if isinstance(one, Tensor) else one
+                    for at, one in enumerate(result)
+                )
+            return result
+
+        FakeTensorMode.dispatch = laid_out  # type: ignore
+        try:
+            yield
+        finally:
+            FakeTensorMode.dispatch = dispatch  # type: ignore[method-assign]
 
 
-def _laid_out(op: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    backward = op is torch.ops.aten.native_batch_norm_backward.default
-
-    @functools.wraps(kernel)  # fake tensors go by the name and the module
-    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if first.device.type == "cpu":
-            first = first.contiguous(memory_format=suggest_memory_format(args[0] if backward else first))
-        return kernel(first, *args, **kwargs)
-
-    return run
+def _laid_out(mode: FakeTensorMode, fake: Tensor, strides: Sequence[int] | None) -> Tensor:
+    if strides is None:
+        return fake
+    with mode:
+        return torch.empty_strided(fake.shape, strides, dtype=fake.dtype, device=fake.device)
 
 
 @contextlib.contextmanager
@@ -338,7 +333,9 @@ class _FlatModule(nn.Module):
         return self.function(*flat)
 
 
-def trace_joint(function: Callable[..., Sequence[Tensor]], primals: Sequence[Tensor]) -> JointTrace:
+def trace_joint(
+    function: Callable[..., Sequence[Tensor]], primals: Sequence[Tensor], strides: LayoutRule
+) -> JointTrace:
     """Trace the functionalized joint forward-backward graph of ``function`` at the ATen level.
 
     Parameters
@@ -347,6 +344,8 @@ def trace_joint(function: Callable[..., Sequence[Tensor]], primals: Sequence[Ten
         Takes the flat primals, returns flat tensors. Called several times, with fake tensors.
     primals : sequence of Tensor
         Distinct tensors; gradients are taken for those that require grad.
+    strides : callable
+        How kernels lay out their results, see `real_layouts`.
 
     Raises
     ------
@@ -360,7 +359,7 @@ def trace_joint(function: Callable[..., Sequence[Tensor]], primals: Sequence[Ten
         _eager_composites(),
         _compiling_flag(),
         _plain_checks(),
-        _laid_out_batch_norms(),
+        real_layouts(strides),
         _recorded_sources(),
         functorch_config.patch(backward_pass_autocast="off"),
     ):

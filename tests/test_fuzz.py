@@ -20,6 +20,27 @@ EXAMPLES = 200
 
 # What the fuzzer found, shrunk, by what was wrong.
 FOUND = {
+    "a hardtanh's backward keeps the layout of its gradient, its fake kernel that of its input": Recipe(
+        (
+            Piece("autocast", body=(Piece("cat_layer"),)),
+            Piece("activation_", k=9),
+            Piece("activation"),
+            Piece("reduce"),
+            Piece("multihead", a=3),
+        ),
+        home="image",
+    ),
+    "the same before an LSTM's backward, which copies its gradient then": Recipe(
+        (
+            Piece("lstm"),
+            Piece("join"),
+            Piece("contiguous"),
+            Piece("activation_"),
+            Piece("residual", a=2, body=(Piece("activation_", k=17),)),
+        ),
+        home="sequence",
+        loss="inside",
+    ),
     "what a mask selects takes workspace that a mask all false doesn't show": Recipe(
         (Piece("index", k=19), Piece("contiguous", k=1)), home="image", inputs_with_grad=3
     ),

@@ -1,4 +1,4 @@
-"""Layouts that a trace loses: those of in-place ops' results, of batch norms, and storages that tangents share.
+"""Layouts that a trace loses: those of in-place ops' results, and storages that tangents share.
 
 Functionalization turns ``x.scatter_add_(...)`` into ``scatter_add(x, ...)``, whose result is contiguous whatever the
 layout of ``x``. The values are the same, but the strides that the user sees are not, nor, sometimes, the bits of what
@@ -59,8 +59,6 @@ def eager_layouts(joint: private.JointTrace) -> None:
             continue
         if any(source in changed for source in node.all_input_nodes):
             follow(node, changed)
-        if _misread_norm(node):
-            changed.add(node)
         if node.meta.get("in_place") and _lost(node):
             _restore(joint.graph, node)
             changed.add(node)
@@ -70,35 +68,6 @@ def eager_layouts(joint: private.JointTrace) -> None:
                 fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
             tangent.meta["val"] = fresh
             changed.add(tangent)
-
-
-_BATCH_NORMS = frozenset(
-    {
-        aten._native_batch_norm_legit_functional.default,
-        aten._native_batch_norm_legit.default,
-        aten._native_batch_norm_legit.no_stats,
-        aten._native_batch_norm_legit_no_training.default,
-        aten.native_batch_norm.default,
-        aten.native_batch_norm_backward.default,
-    }
-)
-
-
-def _misread_norm(node: fx.Node) -> bool:
-    """Correct a batch norm on the CPU: it returns contiguous or channels-last tensors, its fake kernel any layout."""
-    if node.target not in _BATCH_NORMS:
-        return False
-    first, *others = node.meta["val"]
-    if first is None or first.device.type != "cpu":
-        return False
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    kept = formats.get(first.dim(), torch.contiguous_format)
-    if first.is_contiguous() or first.is_contiguous(memory_format=kept):
-        return False
-    with first.fake_mode:
-        contiguous = torch.empty(first.shape, dtype=first.dtype, device=first.device)
-    node.meta["val"] = (contiguous, *others)
-    return True
 
 
 def _lost(node: fx.Node) -> bool:

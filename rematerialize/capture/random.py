@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import tensors_of
+from rematerialize.capture.kernel_layouts import faking
 
 aten = torch.ops.aten
 
@@ -79,7 +80,7 @@ def _computed(node: fx.Node) -> Any:
     args = fx.node.map_arg(node.args, lambda source: source.meta["val"])
     kwargs = fx.node.map_arg(node.kwargs, lambda source: source.meta["val"])
     mode = next(source.meta["val"] for source in node.all_input_nodes if hasattr(source.meta["val"], "fake_mode"))
-    with mode.fake_mode:
+    with faking(mode.fake_mode):
         if node.target in _NEEDS_LAYOUT:
             # Traced for another layout; reshape copies where eager's own reshape would have copied.
             try:

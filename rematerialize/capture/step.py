@@ -25,6 +25,7 @@ from rematerialize.capture.generators import (
     resolve_generators,
     unseeded_generators,
 )
+from rematerialize.capture.kernel_layouts import kernel_strides
 from rematerialize.capture.purity import FunctionCaches, Settled, kept_whole, unchanged_python
 from rematerialize.capture.refusals import library_folder, refuse_sparse_primals, refuse_unplannable, way_round
 from rematerialize.errors import CaptureError
@@ -173,7 +174,7 @@ def capture(
         )
     try:
         with kept_whole(model):
-            joint = private.trace_joint(recorder, primals)
+            joint = private.trace_joint(recorder, primals, kernel_strides)
         resolve_generators(joint, recorder.generators)
         refuse_unplannable(joint, names)
     except CaptureError:

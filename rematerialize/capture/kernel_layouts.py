@@ -1,0 +1,181 @@
+"""Layouts of what ATen's CPU kernels return, for the ops whose fake kernels report another one.
+
+A trace believes its fake kernels. Where they report a layout that the kernel doesn't return, a ``contiguous()`` or a
+``reshape`` behind it copies in a real step and is left out of the trace, or the reverse: a kernel that relies on the
+layout then reads its input in the wrong order. The rules below are those of ATen's kernels;
+``python -m benchmarks.conformance layouts`` compares every op of torch's own test samples with its fake kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rematerialize import torch_private as private
+
+aten = torch.ops.aten
+
+Strides = Sequence[int]
+# From the arguments and one of the results, as the fake kernel has it: the strides that the kernel returns.
+Rule = Callable[[Sequence[Any], Tensor], Strides]
+
+
+def kernel_strides(op: Any, args: Sequence[Any], index: int, result: Tensor) -> Strides | None:
+    """Return the strides of the op's result at an index, where they differ from those of the fake ``result``.
+
+    Strides of dimensions that have one element or none don't count.
+    """
+    rule = _RULES.get(op, {}).get(index)
+    if rule is None or result.device.type != "cpu" or result.dim() < 2:
+        return None
+    found = rule(args, result)
+    same = all(ours == fake or size <= 1 for ours, fake, size in zip(found, result.stride(), result.shape, strict=True))
+    return None if same or not result.numel() else found
+
+
+@contextlib.contextmanager
+def faking(mode: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    """Run kernels in a fake mode, with the layouts that the real ones return."""
+    with private.real_layouts(kernel_strides), mode:
+        yield
+
+
+def _contiguous(args: Sequence[Any], result: Tensor) -> Strides:
+    return _in_order(range(result.dim()), result.shape)
+
+
+def _in_order(outer_to_inner: Sequence[int], shape: Sequence[int]) -> Strides:
+    strides = [1] * len(shape)
+    step = 1
+    for dim in reversed(outer_to_inner):
+        strides[dim] = step
+        step *= max(1, shape[dim])
+    return strides
+
+
+def _suggested(position: int) -> Rule:
+    """Channels last where an argument is, contiguous otherwise."""
+
+    def rule(args: Sequence[Any], result: Tensor) -> Strides:
+        like: Tensor = args[position]
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        wanted = formats.get(like.dim())
+        channels_last = wanted is not None and not like.is_contiguous() and like.is_contiguous(memory_format=wanted)
+        dims = range(result.dim())
+        return _in_order([0, *dims[2:], 1] if channels_last and like.dim() == result.dim() else dims, result.shape)
+
+    return rule
+
+
+def _like(position: int) -> Rule:
+    """Dense in the order of one argument's dimensions, where the result has its shape (a loss without reduction)."""
+
+    def rule(args: Sequence[Any], result: Tensor) -> Strides:
+        like: Tensor = args[position]
+        return torch.empty_like(like).stride() if like.shape == result.shape else result.stride()
+
+    return rule
+
+
+def _elementwise(args: Sequence[Any], result: Tensor) -> Strides:
+    """Dense in the order in which an elementwise kernel walks through its arguments (ATen's TensorIterator).
+
+    Dimensions go from inner to outer by the strides of the first argument that tells two of them apart; one that is
+    broadcast along a dimension doesn't.
+    """
+    operands = [operand.expand(result.shape).stride() for operand in args if isinstance(operand, Tensor)]
+    if len(set(map(tuple, operands))) == 1 and _dense(operands[0], result.shape):
+        return operands[0]
+    shape = result.shape
+    inner_to_outer = list(reversed(range(len(shape))))
+    for at in range(1, len(shape)):
+        moved = at
+        for before in reversed(range(at)):
+            order = _compare(inner_to_outer[before], inner_to_outer[moved], shape, operands)
+            if order > 0:
+                inner_to_outer[before], inner_to_outer[moved] = inner_to_outer[moved], inner_to_outer[before]
+                moved = before
+            elif order < 0:
+                break
+    return _in_order(inner_to_outer[::-1], shape)
+
+
+def _compare(left: int, right: int, shape: Sequence[int], operands: Sequence[Strides]) -> int:
+    """Negative where the left dimension is further in, positive where the right one is, zero where nothing tells."""
+    for strides in operands:
+        if not strides[left] or not strides[right]:
+            continue
+        if strides[left] != strides[right]:
+            return -1 if strides[left] < strides[right] else 1
+        if shape[left] > shape[right]:
+            return 1
+    return 0
+
+
+def _dense(strides: Strides, shape: Sequence[int]) -> bool:
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return expected == math.prod(shape)
+
+
+def _power_of_scalar(args: Sequence[Any], result: Tensor) -> Strides:
+    return _contiguous(args, result) if args[0] == 1 else result.stride()  # powers of one are a fill
+
+
+_RULES: dict[Any, dict[int, Rule]] = {
+    aten._log_softmax_backward_data.default: {0: _contiguous},
+    aten.huber_loss_backward.default: {0: _contiguous},
+    aten.log_sigmoid_forward.default: {0: _contiguous, 1: _contiguous},
+    aten.mse_loss_backward.default: {0: _contiguous},
+    aten.native_layer_norm_backward.default: {0: _contiguous, 1: _contiguous, 2: _contiguous},
+    aten.nll_loss2d_forward.default: {0: _contiguous},
+    aten.normal.Tensor_Tensor: {0: _contiguous},
+    aten.smooth_l1_loss_backward.default: {0: _contiguous},
+    aten.pow.Scalar: {0: _power_of_scalar},
+    aten._native_batch_norm_legit.default: {0: _suggested(0)},
+    aten._native_batch_norm_legit.no_stats: {0: _suggested(0)},
+    aten._native_batch_norm_legit_functional.default: {0: _suggested(0)},
+    aten._native_batch_norm_legit_no_training.default: {0: _suggested(0)},
+    aten.batch_norm_backward.default: {0: _suggested(1)},
+    aten.native_batch_norm.default: {0: _suggested(0)},
+    aten.native_batch_norm_backward.default: {0: _suggested(1)},
+    aten.native_group_norm_backward.default: {0: _suggested(1)},
+    aten.channel_shuffle.default: {0: _suggested(0)},
+    aten.max_unpool2d.default: {0: _suggested(0)},
+    aten.reflection_pad2d_backward.default: {0: _suggested(1)},
+    aten.reflection_pad3d.default: {0: _suggested(0)},
+    aten.reflection_pad3d_backward.default: {0: _suggested(1)},
+    aten.replication_pad2d_backward.default: {0: _suggested(1)},
+    aten.replication_pad3d.default: {0: _suggested(0)},
+    aten.replication_pad3d_backward.default: {0: _suggested(1)},
+    aten.binary_cross_entropy.default: {0: _like(0)},
+    aten.binary_cross_entropy_backward.default: {0: _like(1)},
+    aten.huber_loss.default: {0: _like(0)},
+    aten.index_fill.int_Scalar: {0: _like(0)},
+    aten.log_sigmoid_backward.default: {0: _like(0)},
+    aten.soft_margin_loss_backward.default: {0: _like(2)},
+    aten._prelu_kernel_backward.default: {0: _elementwise, 1: _elementwise},
+    aten.clamp.Tensor: {0: _elementwise},
+    aten.copysign.Tensor: {0: _elementwise},
+    aten.div.Tensor_mode: {0: _elementwise},
+    aten.elu_backward.default: {0: _elementwise},
+    aten.floor_divide.default: {0: _elementwise},
+    aten.hardswish_backward.default: {0: _elementwise},
+    aten.hardtanh_backward.default: {0: _elementwise},
+    aten.leaky_relu_backward.default: {0: _elementwise},
+    aten.logaddexp.default: {0: _elementwise},
+    aten.logaddexp2.default: {0: _elementwise},
+    aten.logit_backward.default: {0: _elementwise},
+    aten.native_dropout_backward.default: {0: _elementwise},
+    aten.softplus_backward.default: {0: _elementwise},
+    aten.threshold_backward.default: {0: _elementwise},
+    aten.xlogy.Tensor: {0: _elementwise},
+}
