@@ -17,7 +17,7 @@ SAMPLES = 4  # per operator
 MODULE_SAMPLES = 12  # per module; of more (there are some with hundreds), so many from first to last
 LARGEST = 20_000  # elements of all tensors of a sample: more would test no other code
 DOUBLE_MODULES = frozenset({"nn.Linear", "nn.BatchNorm2d", "nn.Conv2d", "nn.LSTM", "nn.GRU", "nn.MultiheadAttention"})
-SUITES = ("modules", "ops")
+SUITES = ("modules", "ops", "layouts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,15 @@ class Case:
 
 def names(suite: str) -> list[str]:
     """Return every name of a suite that has something to train, in torch's order, variants as "name.variant"."""
+    if suite == "layouts":
+        return [*_modules(), *_operators()]
     return list(_modules() if suite == "modules" else _operators())
 
 
 def cases(suite: str, name: str, samples: int = SAMPLES) -> Iterator[Case]:
     """Return the cases of one name; the same ones at every call."""
-    return _module_cases(name) if suite == "modules" else _operator_cases(name, samples)
+    as_module = suite == "modules" or (suite == "layouts" and name in _modules())
+    return _module_cases(name) if as_module else _operator_cases(name, samples)
 
 
 @functools.lru_cache(maxsize=1)

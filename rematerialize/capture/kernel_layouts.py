@@ -59,17 +59,26 @@ def _in_order(outer_to_inner: Sequence[int], shape: Sequence[int]) -> Strides:
 
 
 def _suggested(position: int) -> Rule:
-    """Channels last where an argument is, contiguous otherwise."""
+    """Channels last where an argument is, contiguous otherwise (ATen's ``suggest_memory_format``)."""
 
     def rule(args: Sequence[Any], result: Tensor) -> Strides:
-        like: Tensor = args[position]
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        wanted = formats.get(like.dim())
-        channels_last = wanted is not None and not like.is_contiguous() and like.is_contiguous(memory_format=wanted)
         dims = range(result.dim())
-        return _in_order([0, *dims[2:], 1] if channels_last and like.dim() == result.dim() else dims, result.shape)
+        channels_last = args[position].dim() == result.dim() and _channels_last(args[position])
+        return _in_order([0, *dims[2:], 1] if channels_last else dims, result.shape)
 
     return rule
+
+
+def _channels_last(value: Tensor) -> bool:
+    """Whether strides grow from channels to batch, gaps allowed; what could be either way counts as contiguous."""
+    if value.dim() not in (4, 5) or not value.stride(1) or not value.numel():
+        return False
+    least = 0
+    for dim in (1, *reversed(range(2, value.dim())), 0):
+        if value.stride(dim) < least or (dim == 0 and least == value.stride(1)):
+            return False
+        least = value.stride(dim) * value.shape[dim]
+    return True
 
 
 def _like(position: int) -> Rule:
@@ -82,16 +91,25 @@ def _like(position: int) -> Rule:
     return rule
 
 
-def _elementwise(args: Sequence[Any], result: Tensor) -> Strides:
-    """Dense in the order in which an elementwise kernel walks through its arguments (ATen's TensorIterator).
+def _elementwise(*positions: int) -> Rule:
+    """Dense in the order in which an elementwise kernel walks through its operands, given as it takes them."""
 
-    Dimensions go from inner to outer by the strides of the first argument that tells two of them apart; one that is
+    def rule(args: Sequence[Any], result: Tensor) -> Strides:
+        tensors = [args[at] for at in positions if at < len(args) and isinstance(args[at], Tensor)]
+        operands = [operand.expand(result.shape).stride() for operand in tensors]
+        return _walked(operands, result.shape)
+
+    return rule
+
+
+def _walked(operands: Sequence[Strides], shape: Sequence[int]) -> Strides:
+    """Strides of what ATen's TensorIterator allocates for operands of some strides, all of the result's shape.
+
+    Dimensions go from inner to outer by the strides of the first operand that tells two of them apart; one that is
     broadcast along a dimension doesn't.
     """
-    operands = [operand.expand(result.shape).stride() for operand in args if isinstance(operand, Tensor)]
-    if len(set(map(tuple, operands))) == 1 and _dense(operands[0], result.shape):
+    if len(set(map(tuple, operands))) == 1 and _dense(operands[0], shape):
         return operands[0]
-    shape = result.shape
     inner_to_outer = list(reversed(range(len(shape))))
     for at in range(1, len(shape)):
         moved = at
@@ -126,10 +144,6 @@ def _dense(strides: Strides, shape: Sequence[int]) -> bool:
     return expected == math.prod(shape)
 
 
-def _power_of_scalar(args: Sequence[Any], result: Tensor) -> Strides:
-    return _contiguous(args, result) if args[0] == 1 else result.stride()  # powers of one are a fill
-
-
 _RULES: dict[Any, dict[int, Rule]] = {
     aten._log_softmax_backward_data.default: {0: _contiguous},
     aten.huber_loss_backward.default: {0: _contiguous},
@@ -139,7 +153,7 @@ _RULES: dict[Any, dict[int, Rule]] = {
     aten.nll_loss2d_forward.default: {0: _contiguous},
     aten.normal.Tensor_Tensor: {0: _contiguous},
     aten.smooth_l1_loss_backward.default: {0: _contiguous},
-    aten.pow.Scalar: {0: _power_of_scalar},
+    aten.pow.Scalar: {0: _contiguous},
     aten._native_batch_norm_legit.default: {0: _suggested(0)},
     aten._native_batch_norm_legit.no_stats: {0: _suggested(0)},
     aten._native_batch_norm_legit_functional.default: {0: _suggested(0)},
@@ -162,20 +176,20 @@ _RULES: dict[Any, dict[int, Rule]] = {
     aten.index_fill.int_Scalar: {0: _like(0)},
     aten.log_sigmoid_backward.default: {0: _like(0)},
     aten.soft_margin_loss_backward.default: {0: _like(2)},
-    aten._prelu_kernel_backward.default: {0: _elementwise, 1: _elementwise},
-    aten.clamp.Tensor: {0: _elementwise},
-    aten.copysign.Tensor: {0: _elementwise},
-    aten.div.Tensor_mode: {0: _elementwise},
-    aten.elu_backward.default: {0: _elementwise},
-    aten.floor_divide.default: {0: _elementwise},
-    aten.hardswish_backward.default: {0: _elementwise},
-    aten.hardtanh_backward.default: {0: _elementwise},
-    aten.leaky_relu_backward.default: {0: _elementwise},
-    aten.logaddexp.default: {0: _elementwise},
-    aten.logaddexp2.default: {0: _elementwise},
-    aten.logit_backward.default: {0: _elementwise},
-    aten.native_dropout_backward.default: {0: _elementwise},
-    aten.softplus_backward.default: {0: _elementwise},
-    aten.threshold_backward.default: {0: _elementwise},
-    aten.xlogy.Tensor: {0: _elementwise},
+    aten._prelu_kernel_backward.default: {0: _elementwise(1, 2, 0), 1: _elementwise(1, 2, 0)},
+    aten.clamp.Tensor: {0: _elementwise(0, 1, 2)},
+    aten.copysign.Tensor: {0: _elementwise(0, 1)},
+    aten.div.Tensor_mode: {0: _elementwise(0, 1)},
+    aten.elu_backward.default: {0: _elementwise(0, 5)},
+    aten.floor_divide.default: {0: _elementwise(0, 1)},
+    aten.hardswish_backward.default: {0: _elementwise(0, 1)},
+    aten.hardtanh_backward.default: {0: _elementwise(0, 1)},
+    aten.leaky_relu_backward.default: {0: _elementwise(1, 0)},
+    aten.logaddexp.default: {0: _elementwise(0, 1)},
+    aten.logaddexp2.default: {0: _elementwise(0, 1)},
+    aten.logit_backward.default: {0: _elementwise(0, 1)},
+    aten.native_dropout_backward.default: {0: _elementwise(0, 1)},
+    aten.softplus_backward.default: {0: _elementwise(0, 1)},
+    aten.threshold_backward.default: {0: _elementwise(1, 0)},
+    aten.xlogy.Tensor: {0: _elementwise(0, 1)},
 }

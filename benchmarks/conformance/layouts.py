@@ -1,0 +1,141 @@
+"""One case, every ATen call of its step: does the trace believe the layout that the real kernel returns?
+
+A trace leaves out a ``contiguous()`` where its fake kernels report a contiguous tensor, so that a wrong report can
+become a wrong result. Each call is repeated with its arguments in other layouts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.conformance.cases import SEED, Case
+from benchmarks.conformance.judge import NothingToTrain, loss_of
+from benchmarks.conformance.records import Verdict
+from rematerialize.capture.kernel_layouts import faking
+
+aten = torch.ops.aten
+
+COMBINATIONS = 24  # of layouts per call
+
+# Kernels that read indices or opaque buffers of their own forward: other layouts of them crash the process.
+_UNSAFE = frozenset({aten.adaptive_max_pool3d_backward.default, aten.mkldnn_rnn_layer_backward.default})
+
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+_done: set[Any] = set()  # calls that an earlier case of this process has compared
+
+
+def judge_layouts(case: Case) -> Verdict:
+    """Return "pass", "failed" with the calls whose layout is misreported, or "skipped" where eager can't run."""
+    calls = _Calls()
+    try:
+        model, args, kwargs = case.make()
+        with calls:
+            loss_of(pytree.tree_leaves(model(*args, **kwargs))).backward()  # type: ignore[no-untyped-call]
+    except NothingToTrain:
+        pass  # its forward was seen
+    except Exception as error:
+        return Verdict(case.name, case.index, case.dtype, "skipped", "eager raises", str(error)[:200])
+    wrong = sorted({told for call in calls.found for told in _misreports(call)})
+    if wrong:
+        return Verdict(case.name, case.index, case.dtype, "failed", "a misreported layout", "; ".join(wrong)[:700])
+    return Verdict(case.name, case.index, case.dtype, "pass")
+
+
+class _Calls(TorchDispatchMode):
+    """Notes calls of functional ops on strided tensors, one per op and sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Call] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = op._schema
+        if not schema.is_mutable and not any(item.alias_info for item in schema.returns) and op not in _UNSAFE:
+            leaves = pytree.tree_leaves((args, kwargs))
+            key = (op, *(_key(leaf) for leaf in leaves))
+            if key not in _done and any(_has_layout(leaf) for leaf in leaves):
+                _done.add(key)
+                # Their values now: the step may write over them.
+                kept = pytree.tree_map(lambda leaf: leaf.detach().clone() if _strided(leaf) else leaf, (args, kwargs))
+                self.found.append((op, *kept))
+        return op(*args, **kwargs)
+
+
+def _key(leaf: Any) -> Any:
+    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)[:40]
+
+
+def _strided(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
+
+
+def _has_layout(leaf: Any) -> bool:
+    return _strided(leaf) and leaf.dim() >= 2 and leaf.numel() > 1
+
+
+def _misreports(call: Call) -> Iterator[str]:
+    op, args, kwargs = call
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    choices = [list(_layouts(leaf)) if _has_layout(leaf) else [leaf] for leaf in leaves]
+    for some in _some(choices):
+        try:
+            torch.manual_seed(SEED)
+            real_args, real_kwargs = pytree.tree_unflatten(some, structure)
+            real = pytree.tree_leaves(op(*real_args, **real_kwargs))
+            mode = FakeTensorMode()
+            fakes = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in some]
+            fake_args, fake_kwargs = pytree.tree_unflatten(fakes, structure)
+            with faking(mode):
+                fake = pytree.tree_leaves(op(*fake_args, **fake_kwargs))
+        except Exception:  # a layout that the kernel doesn't take, or no fake kernel
+            continue
+        for index, (ours, theirs) in enumerate(zip(fake, real, strict=True)):
+            if _strided(theirs) and ours.shape == theirs.shape and _strides(ours) != _strides(theirs):
+                given = ", ".join(str(tuple(leaf.stride())) for leaf in some if isinstance(leaf, Tensor))
+                yield f"{op} {index} of strides {given}: {tuple(theirs.stride())}, not {tuple(ours.stride())}"
+                return
+
+
+def _some(choices: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    total = 1
+    for choice in choices:
+        total *= len(choice)
+    if total <= COMBINATIONS:
+        return [list(combination) for combination in itertools.product(*choices)]
+    draw = random.Random(SEED)
+    return [[draw.choice(choice) for choice in choices] for _ in range(COMBINATIONS)]
+
+
+def _layouts(value: Tensor) -> Iterator[Tensor]:
+    """The same values: contiguous, permuted in four ways, not dense in three, and floats expanded."""
+    yield value.contiguous()
+    dims = list(range(value.dim()))
+    for order in (dims[::-1], [0, *dims[2:], 1], [1, 0, *dims[2:]], [*dims[:-2], dims[-1], dims[-2]]):
+        yield _ordered(value, order)
+    sparse = value.new_zeros((*value.shape[:-1], 2 * value.shape[-1]))
+    sparse[..., ::2] = value
+    for order in (dims, dims[::-1], [0, *dims[2:], 1]):
+        yield _ordered(sparse, order)[..., ::2]
+    if value.is_floating_point():
+        yield value[:1].contiguous().expand(value.shape)
+
+
+def _ordered(value: Tensor, outer_to_inner: Sequence[int]) -> Tensor:
+    back = [outer_to_inner.index(dim) for dim in range(value.dim())]
+    return value.permute(*outer_to_inner).contiguous().permute(back)
+
+
+def _strides(value: Tensor) -> tuple[int, ...]:
+    if not value.numel():
+        return ()
+    return tuple(stride for stride, size in zip(value.stride(), value.shape, strict=True) if size != 1)
