@@ -6,6 +6,7 @@ All of them: ``python -m benchmarks.conformance``.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -18,10 +19,13 @@ from tests.twins import check_steps
 
 pytest.importorskip("expecttest", reason="torch's own cases need it")
 
+from benchmarks.conformance import layouts
 from benchmarks.conformance.cases import cases, names
 from benchmarks.conformance.judge import judge
+from benchmarks.conformance.layouts import judge_layouts
 from benchmarks.conformance.records import Record, Verdict, counts, groups
 from benchmarks.provenance import provenance
+from rematerialize.capture import kernel_layouts
 
 # Long sequences of kernels, which other tests train: the whole command has them.
 SLOW = {"nn.GRU", "nn.LSTM", "nn.RNN", "nn.Transformer", "nn.TransformerEncoderLayer", "nn.MultiheadAttention"}
@@ -58,6 +62,27 @@ def test_a_module_of_torch_trains_as_in_eager(name: str) -> None:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_an_operator_of_torch_trains_as_in_eager(name: str) -> None:
     check(judged("ops", name, 1))
+
+
+# Names of modules and operators whose kernels return layouts that torch's fake kernels misreport.
+MISREPORTED = [
+    "nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BCELoss", "nn.GELU", "nn.GroupNorm", "nn.Hardtanh", "nn.HuberLoss",
+    "nn.LayerNorm", "nn.LogSigmoid", "nn.LogSoftmax", "nn.PReLU", "nn.ReLU", "nn.ReplicationPad3d", "nn.Softplus",
+    "clamp", "logaddexp", "mul", "nn.functional.max_unpool2d", "nn.functional.channel_shuffle", "xlogy",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*MISREPORTED, *names("layouts")[5::60]])
+def test_the_trace_knows_how_a_kernel_lays_out_its_result(name: str) -> None:
+    check([judge_layouts(case) for case in itertools.islice(cases("layouts", name, 1), 2)])
+
+
+def test_a_misreported_layout_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_layouts, "_RULES", {})
+    monkeypatch.setattr(layouts, "_done", {})
+    verdict = layouts.judge_layouts(next(cases("layouts", "nn.Hardtanh")))
+    assert verdict.status == "failed"
+    assert "aten.hardtanh_backward" in verdict.detail
 
 
 # What these cases found.

@@ -102,6 +102,22 @@ def _elementwise(*positions: int) -> Rule:
     return rule
 
 
+def _arithmetic(args: Sequence[Any], result: Tensor) -> Strides:
+    """As elementwise kernels do; an operand of another type is converted first, as it is, and has gaps no more."""
+    common = torch.result_type(args[0], args[1]) if result.dtype == torch.bool else result.dtype
+    operands = []
+    for operand in args[:2]:
+        if isinstance(operand, Tensor):
+            converted = operand if operand.dtype == common else torch.empty_like(operand, dtype=common)
+            operands.append(converted.expand(result.shape).stride())
+    return _walked(operands, result.shape)
+
+
+def _unreduced(rule: Rule) -> Rule:
+    """For losses without a reduction; a reduced one has no layout."""
+    return lambda args, result: rule(args, result) if result.dim() == args[0].dim() else result.stride()
+
+
 def _walked(operands: Sequence[Strides], shape: Sequence[int]) -> Strides:
     """Strides of what ATen's TensorIterator allocates for operands of some strides, all of the result's shape.
 
@@ -176,6 +192,23 @@ _RULES: dict[Any, dict[int, Rule]] = {
     aten.index_fill.int_Scalar: {0: _like(0)},
     aten.log_sigmoid_backward.default: {0: _like(0)},
     aten.soft_margin_loss_backward.default: {0: _like(2)},
+    aten.add.Tensor: {0: _arithmetic},
+    aten.sub.Tensor: {0: _arithmetic},
+    aten.mul.Tensor: {0: _arithmetic},
+    aten.div.Tensor: {0: _arithmetic},
+    aten.eq.Tensor: {0: _arithmetic},
+    aten.ne.Tensor: {0: _arithmetic},
+    aten.lt.Tensor: {0: _arithmetic},
+    aten.le.Tensor: {0: _arithmetic},
+    aten.gt.Tensor: {0: _arithmetic},
+    aten.ge.Tensor: {0: _arithmetic},
+    aten.gelu_backward.default: {0: _elementwise(0, 1)},
+    aten.sigmoid_backward.default: {0: _elementwise(0, 1)},
+    aten.silu_backward.default: {0: _elementwise(0, 1)},
+    aten.tanh_backward.default: {0: _elementwise(0, 1)},
+    aten.mish_backward.default: {0: _elementwise(0, 1)},
+    aten.mse_loss.default: {0: _unreduced(_elementwise(0, 1))},
+    aten.smooth_l1_loss.default: {0: _unreduced(_elementwise(0, 1))},
     aten._prelu_kernel_backward.default: {0: _elementwise(1, 2, 0), 1: _elementwise(1, 2, 0)},
     aten.clamp.Tensor: {0: _elementwise(0, 1, 2)},
     aten.copysign.Tensor: {0: _elementwise(0, 1)},
