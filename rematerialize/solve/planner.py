@@ -206,14 +206,14 @@ class Planner:
 
         def run(higher: Point | None) -> Point | None:
             if higher is None:
-                return polisher.at(start, level, work=2 * polisher.effort.first, seed=4)
-            return polisher.down(higher, level, work=polisher.effort.first if higher is above else 0)
+                return polisher.at(start, level, work=2 * polisher.effort.halfway, seed=4)
+            return polisher.down(higher, level, work=polisher.effort.halfway if higher is above else 0)
 
-        candidates = side_by_side(run, (None, above, *self._starts))
-        found = min(filter(None, candidates), key=lambda point: point.time_s)
-        if found.time_s < above.time_s:
-            found = polisher.at(start, level, work=0)
-        return found if above.time_s <= found.time_s < below.time_s else below
+        found = [point for point in side_by_side(run, (None, above, *self._starts)) if point is not None]
+        if any(point.time_s < above.time_s for point in found):
+            found.append(polisher.at(start, level, work=0))
+        allowed = [point for point in found if above.time_s <= point.time_s < below.time_s]
+        return min(allowed, key=lambda point: point.time_s, default=below)
 
     def _fastest_within(self, budget_bytes: int) -> Point:
         """Return the fastest plan of the portfolio itself, not searched around, within a budget."""

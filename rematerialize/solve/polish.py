@@ -20,7 +20,7 @@ Job = TypeVar("Job")
 Found = TypeVar("Found")
 THREADS = 2
 RESTART = 10_000  # moves after which a search starts again from its best plan
-HARD, HARDEST = 3, 10  # how much more levels near the minimum of a small step get, and the minimum itself
+HARD, HARDEST = 5, 17  # how much more levels near the minimum of a small step get, and the minimum itself
 THRESHOLDS = (0.03, 0.3, 0.003)  # how much slower a plan may be to go on from, restart by restart
 SMALL = 400  # ops up to which quality goes before a second's wait
 EXCHANGED = 800  # ops up to which levels try what a higher one found: descents take long
@@ -57,6 +57,10 @@ class Effort:
         Moves per start, and for the best of a level.
     squeeze : int
         Moves for lowering the minimum, per start.
+    halfway : int
+        Moves for a level between two others, of those that a budget asks for.
+    exchanges : int
+        How often the levels try what their neighbours found.
     stride : int
         Every how many levels are searched.
     """
@@ -65,6 +69,8 @@ class Effort:
     first: int
     second: int
     squeeze: int
+    halfway: int
+    exchanges: int
     stride: int
 
 
@@ -72,13 +78,13 @@ def effort_for(ops: int) -> Effort:
     """Return the effort for a number of ops: about a second for up to 1,000, then in proportion."""
     if ops <= SMALL:
         share = min(ops, 150)
-        return Effort(4, 33 * share, 133 * share, 300 * share, 1)
+        return Effort(4, 33 * share, 80 * share, 300 * share, 66 * share, 3, 1)
     if ops <= MEDIUM:
         share = max(ops, 1_000) // 100
-        return Effort(2, 40 * share, 150 * share, 120 * share, 1)
+        return Effort(2, 40 * share, 150 * share, 120 * share, 40 * share, 1, 1)
     if ops <= LARGE:
-        return Effort(1, 0, 60 * (ops // 100), 0, 2)
-    return Effort(1, 0, 0, 0, 3)
+        return Effort(1, 0, 60 * (ops // 100), 0, 0, 1, 2)
+    return Effort(1, 0, 0, 0, 0, 1, 3)
 
 
 class Polisher:
@@ -157,19 +163,22 @@ class Polisher:
         found = [(point, level) for point, level in zip(side_by_side(first, ranked), ranked, strict=True) if point]
         if self.effort.second:
             found = [(point, level) for point, (_, level) in zip(side_by_side(second, found), found, strict=True)]
-        return self._exchanged(found)
+        plans = [point for point, _ in found]
+        for _ in range(self.effort.exchanges):
+            plans = self._exchanged(plans, [level for _, level in found])
+        return plans
 
-    def _exchanged(self, found: list[tuple[Point, int]]) -> list[Point]:
+    def _exchanged(self, plans: Sequence[Point], levels: Sequence[int]) -> list[Point]:
         """Let every level, highest first, try what the levels above and then below it found."""
         work = self.effort.first
-        plans = [point for point, _ in found]
+        plans = list(plans)
         for at in range(1, len(plans)) if self.descends else ():
             if not self._late():
-                plans[at] = self.better(plans[at], self.down(plans[at - 1], found[at][1], work=work))
+                plans[at] = self.better(plans[at], self.down(plans[at - 1], levels[at], work=work))
         for at in range(len(plans) - 2, -1, -1):
             lower = plans[at + 1]
             if (work or lower.time_s < plans[at].time_s) and not self._late():
-                plans[at] = self.better(plans[at], self.at(lower, found[at][1], work=work // 2, seed=3))
+                plans[at] = self.better(plans[at], self.at(lower, levels[at], work=work // 2, seed=3))
         return plans
 
     @staticmethod
