@@ -20,6 +20,30 @@ EXAMPLES = 200
 
 # What the fuzzer found, shrunk, by what was wrong.
 FOUND = {
+    "the given order needs less memory than any that the planner tries": Recipe(
+        (
+            Piece("view_back", b=2, k=22),
+            Piece("copy_then_", a=4, b=1, k=21),
+            Piece("activation", a=5, b=5, k=15),
+            Piece(
+                "no_grad",
+                a=4,
+                body=(
+                    Piece("residual", a=1, b=5, k=22, body=(Piece("write", a=4, b=2, k=18),)),
+                    Piece("view_back", k=5),
+                    Piece("residual", a=1, b=5, k=22, body=(Piece("write", a=4, b=2, k=18),)),
+                ),
+            ),
+            Piece("conv", a=5, b=1, k=22),
+            Piece("tied", a=5, b=4, k=14),
+            Piece("buffer", b=3, k=13),
+        ),
+        outputs=(0, 3),
+        loss="each",
+        micro_batches=2,
+        solver="auto",
+        seed=113,
+    ),
     "a hardtanh's backward keeps the layout of its gradient, its fake kernel that of its input": Recipe(
         (
             Piece("autocast", body=(Piece("cat_layer"),)),

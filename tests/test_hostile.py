@@ -21,7 +21,7 @@ from tests import hostile
 from tests.strategies import budgets
 from tests.test_cli import run_cli, the_error
 
-FEW = polish.Effort(2, 200, 600, 600, 1)
+FEW = polish.Effort(2, 200, 600, 600, 200, 1, 1)
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ class Planner:
                 floor = min(point.peak_bytes for point in lower)
                 levels += self._polisher.levels(lower, [floor + (least - floor) * part // 4 for part in range(4)])
                 points += lower
-        self._raw = list(fronts([*points, *levels]))
+        self._raw = list(fronts([*points, *levels, self._store_all]))
         self._archive = list(fronts([*(levels or points), self._raw[0], self._store_all]))
         return self._archive
 
