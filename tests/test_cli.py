@@ -309,7 +309,7 @@ def test_an_interrupt_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "rematerialize", "plan", "slow:make", "--budget", "1GiB"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -317,7 +317,12 @@ def test_an_interrupt_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
     assert process.stderr.readline() == "ready\n"
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # so that it says where it hangs
+        pytest.fail(process.communicate(timeout=30)[1])
+    assert process.returncode == 130
     assert process.stderr.read() == "rematerialize: interrupted\n"
 
 
