@@ -140,9 +140,6 @@ def _measure_memory(fresh: dict[str, Kernel], known: dict[str, MeasuredCost], pr
         progress(min(start + _CHUNK, len(unknown)))
 
 
-_SCATTERS_BY_MASK = frozenset({torch.ops.aten.masked_scatter, torch.ops.aten.masked_scatter_})
-
-
 @dataclass(frozen=True, slots=True)
 class _Memory:
     transient_bytes: int
@@ -284,7 +281,7 @@ def _prepare(kernel: Kernel) -> Callable[[], Any]:
                 data[source] = _synthetic(source.meta["val"]) if workspace is None else workspace
     for node, _ in kernel.calls:
         # Its source may hold fewer values than the mask: the one op that refuses a mask all true.
-        mask = node.args[1] if getattr(node.target, "_overloadpacket", None) in _SCATTERS_BY_MASK else None
+        mask = node.args[1] if node.target is torch.ops.aten.masked_scatter.default else None
         if isinstance(mask, fx.Node) and mask in data:
             data[mask].zero_()
 

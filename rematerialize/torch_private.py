@@ -191,7 +191,7 @@ def real_layouts(strides: LayoutRule) -> Iterator[None]:
                 )
             return result
 
-        FakeTensorMode.dispatch = laid_out  # type: ignore
+        FakeTensorMode.dispatch = laid_out  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:

@@ -158,7 +158,7 @@ def _same(left: Any, right: Any) -> bool:
         return False
     if left.layout != torch.strided:
         return _same(left.to_dense(), right.to_dense())
-    if _strides(left) != _strides(right):
+    if strides_of(left) != strides_of(right):
         return False
     if left.is_complex():
         left, right = torch.view_as_real(left.resolve_conj()), torch.view_as_real(right.resolve_conj())
@@ -170,8 +170,8 @@ def _same(left: Any, right: Any) -> bool:
     return bool(equal.all())
 
 
-def _strides(tensor: Tensor) -> list[int]:
-    """Strides that say where an element is: not those of a single index."""
+def strides_of(tensor: Tensor) -> list[int]:
+    """Return the strides that say where an element is: not those of a single index."""
     if not tensor.numel():
         return []
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.conformance.cases import SEED, Case
-from benchmarks.conformance.judge import NothingToTrain, loss_of
+from benchmarks.conformance.judge import NothingToTrain, loss_of, strides_of
 from benchmarks.conformance.records import Verdict
 from rematerialize.capture.kernel_layouts import faking
 
@@ -108,7 +108,7 @@ def _misreports(call: Call) -> Iterator[str]:
         except Exception:  # a layout that the kernel doesn't take, or no fake kernel
             continue
         for index, (ours, theirs) in enumerate(zip(fake, real, strict=True)):
-            if _strided(theirs) and ours.shape == theirs.shape and _strides(ours) != _strides(theirs):
+            if _strided(theirs) and ours.shape == theirs.shape and strides_of(ours) != strides_of(theirs):
                 given = ", ".join(str(tuple(leaf.stride())) for leaf in some if isinstance(leaf, Tensor))
                 yield f"{op} {index} of strides {given}: {tuple(theirs.stride())}, not {tuple(ours.stride())}"
                 return
@@ -141,9 +141,3 @@ def _layouts(value: Tensor) -> Iterator[Tensor]:
 def _ordered(value: Tensor, outer_to_inner: Sequence[int]) -> Tensor:
     back = [outer_to_inner.index(dim) for dim in range(value.dim())]
     return value.permute(*outer_to_inner).contiguous().permute(back)
-
-
-def _strides(value: Tensor) -> tuple[int, ...]:
-    if not value.numel():
-        return ()
-    return tuple(stride for stride, size in zip(value.stride(), value.shape, strict=True) if size != 1)

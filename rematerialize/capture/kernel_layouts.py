@@ -9,7 +9,6 @@ layout then reads its input in the wrong order. The rules below are those of ATe
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,7 +27,8 @@ Rule = Callable[[Sequence[Any], Tensor], Strides]
 def kernel_strides(op: Any, args: Sequence[Any], index: int, result: Tensor) -> Strides | None:
     """Return the strides of the op's result at an index, where they differ from those of the fake ``result``.
 
-    Strides of dimensions that have one element or none don't count.
+    Strides of dimensions that have one element or none don't count, nor do results of less than two dimensions: a
+    loss that was reduced has no layout.
     """
     rule = _RULES.get(op, {}).get(index)
     if rule is None or result.device.type != "cpu" or result.dim() < 2:
@@ -113,18 +113,13 @@ def _arithmetic(args: Sequence[Any], result: Tensor) -> Strides:
     return _walked(operands, result.shape)
 
 
-def _unreduced(rule: Rule) -> Rule:
-    """For losses without a reduction; a reduced one has no layout."""
-    return lambda args, result: rule(args, result) if result.dim() == args[0].dim() else result.stride()
-
-
 def _walked(operands: Sequence[Strides], shape: Sequence[int]) -> Strides:
     """Strides of what ATen's TensorIterator allocates for operands of some strides, all of the result's shape.
 
     Dimensions go from inner to outer by the strides of the first operand that tells two of them apart; one that is
     broadcast along a dimension doesn't.
     """
-    if len(set(map(tuple, operands))) == 1 and _dense(operands[0], shape):
+    if len(set(map(tuple, operands))) == 1 and is_dense(operands[0], shape):
         return operands[0]
     inner_to_outer = list(reversed(range(len(shape))))
     for at in range(1, len(shape)):
@@ -151,13 +146,14 @@ def _compare(left: int, right: int, shape: Sequence[int], operands: Sequence[Str
     return 0
 
 
-def _dense(strides: Strides, shape: Sequence[int]) -> bool:
+def is_dense(strides: Strides, shape: Sequence[int]) -> bool:
+    """Return whether every byte between the first and the last element belongs to one element."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):
         if stride != expected:
             return False
         expected *= size
-    return expected == math.prod(shape)
+    return True
 
 
 _RULES: dict[Any, dict[int, Rule]] = {
@@ -207,8 +203,8 @@ _RULES: dict[Any, dict[int, Rule]] = {
     aten.silu_backward.default: {0: _elementwise(0, 1)},
     aten.tanh_backward.default: {0: _elementwise(0, 1)},
     aten.mish_backward.default: {0: _elementwise(0, 1)},
-    aten.mse_loss.default: {0: _unreduced(_elementwise(0, 1))},
-    aten.smooth_l1_loss.default: {0: _unreduced(_elementwise(0, 1))},
+    aten.mse_loss.default: {0: _elementwise(0, 1)},
+    aten.smooth_l1_loss.default: {0: _elementwise(0, 1)},
     aten._prelu_kernel_backward.default: {0: _elementwise(1, 2, 0), 1: _elementwise(1, 2, 0)},
     aten.clamp.Tensor: {0: _elementwise(0, 1, 2)},
     aten.copysign.Tensor: {0: _elementwise(0, 1)},

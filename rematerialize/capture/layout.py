@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from rematerialize import torch_private as private
+from rematerialize.capture.kernel_layouts import is_dense
 from rematerialize.capture.random import follow
 
 aten = torch.ops.aten
@@ -79,21 +80,11 @@ def _lost(node: fx.Node) -> bool:
         return False
     if like.stride() == value.stride():
         return False
-    if _dense(like):
+    if is_dense(like.stride(), like.shape):
         return True
     split = source.args[0] if source.target is private.getitem else None
     goes_on = any(user.meta.get("in_place") and user.args[0] is node for user in node.users)
     return isinstance(split, fx.Node) and split.target in _UNSAFE_SPLITS and goes_on
-
-
-def _dense(value: Tensor) -> bool:
-    """Does every byte between its first and its last element belong to one element?"""
-    expected = 1
-    for stride, size in sorted((s, n) for n, s in zip(value.shape, value.stride(), strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _restore(graph: fx.Graph, node: fx.Node) -> None:
