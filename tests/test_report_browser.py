@@ -109,6 +109,28 @@ def test_the_pointer_shows_what_runs_under_it(opened: browser.Browser) -> None:
     assert opened.run("return getComputedStyle(document.getElementById('tip')).visibility") == "visible"
 
 
+def test_a_mouse_that_lies_still_leaves_the_keys_their_place(opened: browser.Browser) -> None:
+    found = opened.run("""
+        const plot = document.getElementById('plot');
+        const box = plot.getBoundingClientRect();
+        const move = (x) => document.getElementById('stage').dispatchEvent(
+            new PointerEvent('pointermove', {clientX: box.left + x, clientY: box.top + 50, pointerType: 'mouse'}));
+        const key = (name) => plot.dispatchEvent(new KeyboardEvent('keydown', {key: name}));
+        const frame = () => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+        const at = () => Number(plot.getAttribute('aria-valuenow')) - 1;
+        const far = box.width - 2;
+        return (async () => {
+            move(far); key('Home'); await frame();
+            const waited = at();
+            move(far); await frame();
+            const still = at();
+            move(far - 1); await frame();
+            return [waited, still, at()];
+        })();
+    """)
+    assert found == [0, 0, 13]
+
+
 def test_everything_that_acts_is_reached_by_tab_and_shows_the_focus(opened: browser.Browser) -> None:
     reached = []
     for _ in range(12):

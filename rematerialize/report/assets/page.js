@@ -179,17 +179,31 @@
       p: () => plan.peak,
       b: () => plan.boundary,
     };
+    // One redraw per frame, however fast the pointer is. A browser tells of a mouse that lies still where a page
+    // appears or moves under it: so a key drops what waits and the pointer's next move, and the second one counts.
+    let latest = null;
+    let waiting = false;
+    let keyed = false;
+    const follow = (event) => {
+      const passed = keyed && event.type === "pointermove";
+      keyed = false;
+      if (passed) return;
+      latest = event;
+      if (waiting) return;
+      waiting = true;
+      requestAnimationFrame(() => {
+        waiting = false;
+        if (latest !== null) pointed(latest);
+        latest = null;
+      });
+    };
     plot.addEventListener("keydown", (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey || !Object.hasOwn(moves, event.key)) return;
       event.preventDefault();
+      latest = null;
+      keyed = true;
       moveTo(moves[event.key](), true);
     });
-    // One redraw per frame, however fast the pointer is.
-    let latest = null;
-    const follow = (event) => {
-      if (latest === null) requestAnimationFrame(() => { pointed(latest); latest = null; });
-      latest = event;
-    };
     for (const name of ["pointermove", "pointerdown"]) at("stage").addEventListener(name, follow);
     at("to-peak").addEventListener("click", () => moveTo(plan.peak, true));
     at("to-boundary").addEventListener("click", () => moveTo(plan.boundary, true));
