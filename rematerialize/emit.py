@@ -165,7 +165,7 @@ class _Emitter:
 
     def _note(self, node: fx.Node, value: fx.Node) -> None:
         self.values[node] = value
-        value.meta["val"] = node.meta["val"]
+        value.meta.update({key: node.meta[key] for key in ("val", "reached_by") if key in node.meta})
         for name in self.source.storage_of[node]:
             self.showing.setdefault(name, set()).add(node)
 
@@ -224,7 +224,7 @@ class _Emitter:
         if isinstance(key, fx.Node):
             self._note(key, node)
         if group == "tangent":
-            node.meta["tangent"] = len(order) - 1
+            node.meta["tangent"] = entry
         return node
 
     def _after_placeholders(self, group: str) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import tensors_of
 from rematerialize.capture.kernel_layouts import faking
+from rematerialize.capture.normalize import TEMPLATE_FACTORIES
 
 aten = torch.ops.aten
 
@@ -26,14 +27,15 @@ def without_tangents(backward: fx.GraphModule, absent: Collection[int]) -> fx.Gr
     """The backward that results when the tangents at some positions are absent.
 
     A backward is linear in its tangents: what depends on absent ones only is absent itself, a sum with an absent
-    term is the other term, and any other op reads zeros for it, which is what autograd's own formulas do.
+    term is the other term, and any other op reads zeros for it, which is what autograd's own formulas do. Zeros that
+    a formula makes itself (the gradient of what ``fill_`` overwrites) are absent where autograd wouldn't run it.
 
     Parameters
     ----------
     backward : fx.GraphModule
         An emitted backward, whose nodes carry their fake values.
     absent : collection of int
-        Positions among its tangents. It takes the same list of arguments; what it gets there isn't read.
+        Positions among the step's tangents. It takes the same list of arguments; what it gets there isn't read.
 
     Returns
     -------
@@ -61,7 +63,13 @@ def _without(backward: fx.GraphModule, absent: Collection[int], *, follow_layout
     carrying.update(tangents)
     moved: dict[fx.Node, Any] = {}  # what is laid out otherwise than in the trace, and the traced value
     for node in list(graph.nodes):
-        if node.op != "call_function" or carrying.isdisjoint(node.all_input_nodes):
+        if node.op != "call_function":
+            continue
+        if carrying.isdisjoint(node.all_input_nodes):
+            if _made_of_nothing(node):
+                carrying.add(node)
+                if node.meta["reached_by"].issubset(absent):
+                    missing.add(node)
             continue
         carrying.add(node)
         gone = [source for source in node.all_input_nodes if source in missing]
@@ -82,6 +90,10 @@ def _without(backward: fx.GraphModule, absent: Collection[int], *, follow_layout
     _drop_unread(graph)
     graph.set_codegen(private.BoxedCodeGen())
     return fx.GraphModule(backward, graph)
+
+
+def _made_of_nothing(node: fx.Node) -> bool:
+    return "reached_by" in node.meta and (not node.all_input_nodes or node.target in TEMPLATE_FACTORIES)
 
 
 def _without_term(graph: fx.Graph, node: fx.Node, missing: set[fx.Node], follow_layouts: bool) -> bool:

@@ -70,11 +70,15 @@ def check_surroundings(tensors: Iterable[Tensor]) -> None:
 
 @dataclass(slots=True)
 class _Box:
-    """What the two functions of one step hand to each other; a tangent is None where an output got no gradient."""
+    """What the two functions of one step hand to each other; a tangent is None where an output got no gradient.
+
+    ``absent`` has the positions of such tangents among the step's, also of those that no op of the backward reads.
+    """
 
     primals: list[Tensor] | None = None
     outputs: list[Tensor] | None = None
     tangents: list[Tensor | None] | None = None
+    absent: frozenset[int] = frozenset()
     anchors: tuple[Tensor, ...] = ()
 
 
@@ -150,14 +154,13 @@ class _Compute(torch.autograd.Function):
         if ctx.saved_values is None:
             raise RuntimeError(_TWICE)
         _check_settings(step, ctx.settings)
-        absent = frozenset(i for i, tangent in enumerate(ctx.box.tangents) if tangent is None)
         boxed = [*ctx.saved_values, *ctx.box.tangents, *ctx.saved_tensors]
         ctx.box.tangents = None
         if not private.backward_keeps_graph():
             ctx.saved_values = None
         differentiated_again = torch.is_grad_enabled()
         with torch.no_grad(), private.disable_autocast():
-            gradients = step.backward(absent).forward(boxed)
+            gradients = step.backward(ctx.box.absent).forward(boxed)
         wanted = [g for g, node in zip(gradients, step.captured.joint.gradients, strict=True) if node is not None]
         if not wanted:
             return (None,) * len(ctx.needs_input_grad)
@@ -222,9 +225,11 @@ class _Expose(torch.autograd.Function):
         if any(tangent is not None and private.is_batched(tangent) for tangent in received):
             raise RuntimeError(_BATCHED)
         by_position = dict(zip(step.emitted.outputs, received, strict=True))
+        paired = step.captured.joint.tangents
+        ctx.box.absent = frozenset(i for i, (_, position) in enumerate(paired) if by_position[position] is None)
         tangents = []
         for index in step.emitted.backward_tangents:
-            node, position = step.captured.joint.tangents[index]
+            node, position = paired[index]
             tangents.append(_tangent(by_position[position], node.meta["val"]))
         ctx.box.tangents = tangents
         if torch.is_grad_enabled():

@@ -13,6 +13,7 @@ import operator
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -24,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch._C import DispatchKey
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+from torch._functorch._aot_autograd import graph_capture_wrappers
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     InputMutationAOTOutput,
@@ -91,7 +93,8 @@ class JointTrace:
 
     ``tangents[k]`` pairs the k-th tangent placeholder with the position of its output among ``outputs``
     (user outputs, then intermediate bases). ``mutations`` pairs primal positions with the nodes of their
-    new values, ``gradients[i]`` belongs to primal ``i``.
+    new values, ``gradients[i]`` belongs to primal ``i``. Where there are several tangents, a backward node's
+    ``meta["reached_by"]`` has the positions of those that autograd runs it for.
     """
 
     graph: fx.Graph
@@ -260,13 +263,13 @@ def outside_of_modes() -> contextlib.AbstractContextManager[Any]:
 
 
 class _Spied:
-    """A generator whose state can't be set: ``refuse`` is called instead."""
+    """A generator whose state can't be set: ``refuse`` is called instead. Other threads may go on setting it."""
 
     def __init__(self, generator: torch.Generator, refuse: Callable[[], None]) -> None:
-        self._generator, self._refuse = generator, refuse
+        self._generator, self._refuse, self._thread = generator, refuse, threading.get_ident()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("manual_seed", "seed", "set_state"):
+        if name in ("manual_seed", "seed", "set_state") and threading.get_ident() == self._thread:
             self._refuse()
         return getattr(self._generator, name)
 
@@ -333,6 +336,60 @@ class _FlatModule(nn.Module):
         return self.function(*flat)
 
 
+@contextlib.contextmanager
+def _recorded_reach() -> Iterator[dict[int, int]]:
+    """Collect, when the joint trace asks for its gradients, which tangents reach each node of autograd's graph: the
+    node's sequence number, and the positions among the tangents as the bits of an integer.
+
+    The traced ops don't tell: the zeros that ``fill_`` gives as its gradient come from no tangent.
+    """
+    found: dict[int, int] = {}
+    grad = torch.autograd.grad
+
+    def noted(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1)
+        if caller.f_globals.get("__name__") == graph_capture_wrappers.__name__:
+            place = {id(tangent): i for i, tangent in enumerate(caller.f_locals["tangents"])}
+            tangents = kwargs.get("grad_outputs", ())
+            found.clear()
+            found.update(_reach([(o.grad_fn, place[id(t)]) for o, t in zip(outputs, tangents, strict=True)]))
+        return grad(outputs, *args, **kwargs)
+
+    torch.autograd.grad = noted
+    try:
+        yield found
+    finally:
+        torch.autograd.grad = grad
+
+
+def _reach(roots: Iterable[tuple[Any, int]]) -> dict[int, int]:
+    masks: dict[Any, int] = {}
+    for node, position in roots:
+        if node is not None:
+            masks[node] = masks.get(node, 0) | 1 << position
+    readers: Counter[Any] = Counter()
+    seen, waiting = set(masks), list(masks)
+    while waiting:
+        for following, _ in waiting.pop().next_functions:
+            if following is None:
+                continue
+            readers[following] += 1
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    ready = [node for node in masks if not readers[node]]
+    while ready:
+        node = ready.pop()
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            masks[following] = masks.get(following, 0) | masks[node]
+            readers[following] -= 1
+            if not readers[following]:
+                ready.append(following)
+    return {node._sequence_nr(): mask for node, mask in masks.items()}
+
+
 def trace_joint(
     function: Callable[..., Sequence[Tensor]], primals: Sequence[Tensor], strides: LayoutRule
 ) -> JointTrace:
@@ -361,12 +418,25 @@ def trace_joint(
         _plain_checks(),
         real_layouts(strides),
         _recorded_sources(),
+        _recorded_reach() as reach,
         functorch_config.patch(backward_pass_autocast="off"),
     ):
         # A hit in its cache makes two tensors of outputs that are one, so that a trace would depend on those before it.
         FakeTensorMode.cache_clear()
         joint = aot_export_joint_with_descriptors(stack, _FlatModule(function), tuple(primals), {})
-        return _read_joint(joint, len(primals))
+        traced = _read_joint(joint, len(primals))
+        if len(traced.tangents) > 1:
+            _tell_reach(traced, reach)
+        return traced
+
+
+def _tell_reach(joint: JointTrace, reach: dict[int, int]) -> None:
+    everything = frozenset(range(len(joint.tangents)))
+    sets = {mask: frozenset(i for i in everything if mask >> i & 1) for mask in set(reach.values())}
+    for node in joint.graph.nodes:
+        mask = reach.get(node.meta.get("seq_nr", -1))
+        if mask is not None and node.op == "call_function" and node.meta.get("partitioner_tag") == "is_backward":
+            node.meta["reached_by"] = sets[mask]
 
 
 def _read_joint(joint: Any, primal_count: int) -> JointTrace:

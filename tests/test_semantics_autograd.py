@@ -91,6 +91,47 @@ def test_outputs_that_the_loss_leaves_out_have_no_part_in_the_gradients(wrapped:
         assert [p.grad is None for p in eager.parameters()] == [p.grad is None for p in ours.parameters()]
 
 
+class Flat(nn.Module):
+    """Its first output is worth zeros to what it was made of, by a formula that never looks at the output's gradient;
+    its third meets the first's ancestors on another way.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.trunk, self.flat, self.other = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.name = name
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        hidden = self.trunk(x)
+        made, other = self.flat(hidden) * 1.5, self.other(x).tanh()
+        made = FLAT[self.name](made, other)
+        return [made, other * 1.0, hidden.sin(), made + hidden]
+
+
+FLAT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "fill_": lambda x, y: x.fill_(0.3),
+    "zero_": lambda x, y: x.zero_(),
+    "copy_": lambda x, y: x.copy_(y),
+    "fill_ by a tensor": lambda x, y: x.fill_(y.sum()),
+    "fill_ in part": lambda x, y: x.t()[1:3].fill_(1.0).new_empty(0).sum() + x,
+    "round": lambda x, y: x.round(),
+    "floor_": lambda x, y: x.floor_(),
+    "floor division": lambda x, y: torch.div(x, y, rounding_mode="floor"),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_zeros_of_an_output_that_the_loss_leaves_out_are_none(name: str) -> None:
+    eager, ours = twins(lambda: Flat(name))
+    ours = at_minimum(ours, batch())
+    for used in ((0,), (1,), (2,), (3,), (0, 1), (1, 2), (0, 2), (1, 3)):
+        for model in (eager, ours):
+            model.zero_grad()
+            step_of(model, batch(), loss_of=lambda out, used=used: total([out[i] for i in used]))
+        assert same_gradients(eager, ours), used
+        assert [p.grad is None for p in eager.parameters()] == [p.grad is None for p in ours.parameters()], used
+
+
 def test_losses_of_one_forward_may_go_backward_one_by_one() -> None:
     eager, ours = twins(Heads)
     ours = at_minimum(ours, batch())

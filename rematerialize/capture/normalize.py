@@ -71,7 +71,7 @@ def _tag_like(node: fx.Node, like: fx.Node, value: Any) -> fx.Node:
     return node
 
 
-_TEMPLATE_FACTORIES = {
+TEMPLATE_FACTORIES = {
     aten.empty_like.default: None,
     aten.zeros_like.default: 0,
     aten.ones_like.default: 1,
@@ -84,11 +84,11 @@ _TEMPLATE_FACTORIES = {
 def _factories_without_templates(graph: fx.Graph) -> None:
     """``zeros_like(x)`` needs x's shape only: kept as it is, it would hold x in memory."""
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in _TEMPLATE_FACTORIES:
+        if node.op != "call_function" or node.target not in TEMPLATE_FACTORIES:
             continue
         value = node.meta["val"]
         options = {"dtype": value.dtype, "device": value.device}
-        fill = _TEMPLATE_FACTORIES[node.target]
+        fill = TEMPLATE_FACTORIES[node.target]
         if fill is None:
             node.target = aten.empty_strided.default
             node.args = (list(value.shape), list(value.stride()))
