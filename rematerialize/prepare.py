@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import logging
+import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from rematerialize.capture import (
     lower,
     normalize,
 )
+from rematerialize.capture.generators import StateMoved
 from rematerialize.capture.lower import KernelCost
 from rematerialize.cost import DEVICES, AnalyticCostModel, DeviceSpec
 from rematerialize.cost_cache import CostCache, device_name
@@ -44,6 +46,10 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage ("capture", "costs", "solve"), how much of it is done, and how much there is."""
 
 _log = logging.getLogger("rematerialize")
+
+# Costs are measured with the generators' states put back after each op: that would disturb a trace, and noise a cost.
+_ONE_AT_A_TIME = threading.RLock()
+_TRIES = 3
 
 # The finer variant must save this share of the step: only the whole one has eager's bits.
 _BITS_WORTH = 0.05
@@ -180,9 +186,10 @@ def prepare(
 ) -> PreparedStep:
     """Capture a step, measure its costs and set up its planner. Changes nothing that the user can see."""
     options = options or PrepareOptions()
-    whole = _prepare(model, forward, inputs, False, options)
-    if whole.captured.splittable:
-        whole.finer = _prepare(model, forward, inputs, True, options)
+    with _ONE_AT_A_TIME:
+        whole = _prepare(model, forward, inputs, False, options)
+        if whole.captured.splittable:
+            whole.finer = _prepare(model, forward, inputs, True, options)
     return whole
 
 
@@ -214,7 +221,7 @@ def _prepare(
 ) -> PreparedStep:
     start = time.perf_counter()
     options.tell("capture", 0, 1)
-    captured = capture(model, forward, inputs, split_recurrences=split_recurrences)
+    captured = _captured(model, forward, inputs, split_recurrences)
     kernels = group_captured(captured)
     captured_at = time.perf_counter()
     options.tell("capture", 1, 1)
@@ -247,6 +254,19 @@ def _prepare(
         model=model,
         key=signature(model, inputs),
     )
+
+
+def _captured(
+    model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs, split_recurrences: bool
+) -> CapturedStep:
+    """Capture; once more where another thread may have set the state of the generators that all threads share."""
+    for _ in range(_TRIES - 1):
+        try:
+            return capture(model, forward, inputs, split_recurrences=split_recurrences)
+        except StateMoved:
+            if threading.active_count() == 1:
+                raise
+    return capture(model, forward, inputs, split_recurrences=split_recurrences)
 
 
 def _costs(kernels: KernelGraph, options: PrepareOptions) -> Mapping[str, KernelCost]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -177,3 +178,36 @@ def test_a_forward_that_sets_a_generators_state_is_refused_and_every_state_is_ke
         ours(rows())
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.equal(state(ours), before[1])
+
+
+INSIDE, SEEDED = threading.Event(), threading.Event()
+
+
+class Meets(nn.Linear):
+    """Its first trace waits until another thread has set the seed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        INSIDE.set()
+        assert SEEDED.wait(60)
+        return super().forward(x).tanh()
+
+
+def test_another_thread_may_set_the_seed_while_a_step_is_planned() -> None:
+    over = threading.Event()
+
+    def seed() -> None:
+        INSIDE.wait()
+        torch.manual_seed(5)
+        SEEDED.set()
+        over.wait()
+
+    other = threading.Thread(target=seed)
+    other.start()
+    try:
+        model = remat.wrap(Meets(8, 8), activation_budget="100%")
+        model(torch.ones(2, 8)).sum().backward()
+    finally:
+        INSIDE.set()
+        over.set()
+        other.join()
+    assert model.weight.grad is not None

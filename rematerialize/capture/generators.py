@@ -29,10 +29,14 @@ def own_generators(model: nn.Module, leaves: tuple[Any, ...]) -> dict[int, torch
     return {private.generator_key(generator): generator for generator in found}
 
 
+class StateMoved(CaptureError):
+    """A generator's state was set during a trace, by the forward or, where there are some, by another thread."""
+
+
 class unseeded_generators:
     """A context for a call of a traced forward: on exit every generator has the state that it had on entry.
 
-    Nothing draws during a trace, so a state that moves was set, which raises CaptureError. The states start from one
+    Nothing draws during a trace, so a state that moves was set, which raises StateMoved. The states start from one
     that nobody sets, so that a seed that has been set before the forward, too, is seen.
     """
 
@@ -52,7 +56,7 @@ class unseeded_generators:
             for generator, state in zip(self.generators, self.before, strict=True):
                 generator.set_state(state)
         if any(moved) and kind is None:
-            raise CaptureError(_SEEDED.format(place=""))
+            raise StateMoved(_SEEDED.format(place=""))
 
 
 def refuse_seeding() -> None:
