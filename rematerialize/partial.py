@@ -240,6 +240,8 @@ def _drop_unread(graph: fx.Graph) -> None:
         if node.op == "call_function" and not node.users and node.meta.get("val") is not None:
             graph.erase_node(node)
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
+    if not arguments:
+        return
     with graph.inserting_after(arguments[-1]):
         for node in arguments:
             if not node.users:

@@ -20,6 +20,19 @@ EXAMPLES = 200
 
 # What the fuzzer found, shrunk, by what was wrong.
 FOUND = {
+    "a backward of zeros reads nothing at all": Recipe(
+        (
+            Piece("join"),
+            Piece("add_all"),
+            Piece("copy_then_", a=3),
+            Piece("pool"),
+            Piece("arithmetic_", a=3, k=7),
+            Piece("batch_norm_eval"),
+            Piece("noise", a=4),
+        ),
+        outputs=(0, 5),
+        inputs_with_grad=1,
+    ),
     "zeros of an output that the loss leaves out are none": Recipe(
         (Piece("conv"), Piece("cat", a=1, b=1), Piece("attention"), Piece("arithmetic_", a=2, k=9)),
         home="sequence",
