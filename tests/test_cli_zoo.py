@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,33 @@ def test_the_device_table_is_listed_with_sources(capfd: pytest.CaptureFixture[st
     found = call(capfd, "devices", "--json").json()["devices"]
     assert [device["name"] for device in found] == list(DEVICES)
     assert found[0]["peak_flops"]["float32"] > 0
+
+
+def test_what_a_command_prints_goes_to_a_file_that_is_not_overwritten(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "devices.txt"
+    printed = call(capfd, "devices").stdout
+    said = call(capfd, "devices", "-o", str(path))
+    assert (said.stdout, said.stderr) == ("", f"rematerialize: wrote {path}\n")
+    assert path.read_text(encoding="utf-8") == printed
+    refused = call(capfd, "devices", "--json", "-o", str(path), code=2)
+    assert "exists already" in refused.error()
+    assert path.read_text(encoding="utf-8") == printed
+    call(capfd, "devices", "--json", "-q", "-o", str(path), "--force")
+    assert json.loads(path.read_text(encoding="utf-8"))["schema"] == "rematerialize.devices/1"
+
+
+def test_every_command_is_summed_up_in_a_whole_sentence_and_writes_to_a_file(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    commands = call(capfd, "--help").stdout.partition("Commands:")[2]
+    assert "..." not in commands
+    for line in commands.splitlines():
+        if name := line[:12].strip():
+            options = call(capfd, name, "--help").stdout
+            assert "-o, --output" in options, name
+            assert "--force" in options, name
 
 
 def test_the_doctor_finds_this_environment_fit(capfd: pytest.CaptureFixture[str]) -> None:

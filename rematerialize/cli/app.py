@@ -14,6 +14,7 @@ import typer
 
 from rematerialize.cli.console import Console
 from rematerialize.cli.errors import interrupted, one_line_errors, reader_went_away
+from rematerialize.cli.options import ForceOption, PrintedOption
 from rematerialize.version import __version__
 
 app = typer.Typer(
@@ -34,26 +35,37 @@ _COMMON = {
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command. It is called with a `Console` first; the options that all commands have are added here."""
+    """Register a command. It is called with a `Console` first; the options that all commands have are added here.
+
+    Where a command has no ``-o`` of its own, for a result beside what it prints, ``-o`` takes what it prints.
+    """
     given = inspect.signature(function, eval_str=True)
     own = list(given.parameters.values())[1:]
     common = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
         for name, annotation in _COMMON.items()
     ]
+    redirects = "output" not in given.parameters
+    if redirects:
+        common[:0] = [
+            inspect.Parameter("output", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=PrintedOption),
+            inspect.Parameter("force", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=ForceOption),
+        ]
 
     @functools.wraps(function)
     def run(**kwargs: Any) -> None:
         console = Console(**{name: kwargs.pop(name) for name in _COMMON})
         if console.verbose:
             logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
-        with one_line_errors(console.debug):
+        printed = (kwargs.pop("output"), kwargs.pop("force")) if redirects else (None, False)
+        with one_line_errors(console.debug), console.printing_to(*printed):
             function(console, **kwargs)
 
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + common
     run.__signature__ = given.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command(name=function.__name__.rstrip("_").replace("_", "-"))(run)
+    summary = inspect.cleandoc(function.__doc__ or "").partition("\n\n")[0]
+    app.command(name=function.__name__.rstrip("_").replace("_", "-"), short_help=summary)(run)
     return run
 
 

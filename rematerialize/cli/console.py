@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from rematerialize.cli.errors import UsageError
 from rematerialize.report.table import aligned_table, plan_table
@@ -106,6 +110,27 @@ class Console:
         """Write a result and say so."""
         path.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
         self.progress(f"wrote {path}")
+
+    @contextlib.contextmanager
+    def printing_to(self, path: Path | None, force: bool) -> Iterator[None]:
+        """Write to a file what is printed meanwhile, if a path is given and no error comes between.
+
+        Raises
+        ------
+        UsageError
+            As `check_output`.
+        """
+        if path is None:
+            yield
+            return
+        self.check_output(path, force=force)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            try:
+                yield
+            except typer.Exit:  # a result, too: of `verify`, for one
+                self.write(path, printed.getvalue())
+                raise
+        self.write(path, printed.getvalue())
 
     def stages(self) -> Callable[[str, int, int], None]:
         """A callback ``(stage, done, total)``: a line per stage, and a bar for the long ones on a terminal."""

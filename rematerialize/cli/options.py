@@ -53,6 +53,9 @@ DepthOption = Annotated[
     int, typer.Option("--depth", metavar="N", min=0, help="Names of a module's path that tell rows apart.")
 ]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", metavar="PATH", help="Write the result here.")]
+PrintedOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="PATH", help="Write here what would be printed.")
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what -o names.")]
 
 
