@@ -12,7 +12,7 @@ setup(
             "rematerialize.solve.native._kernel",
             sources=sorted(path.as_posix() for path in NATIVE.glob("*.c")),
             depends=[(NATIVE / "kernel.h").as_posix()],
-            extra_compile_args=["-O2", "-std=c11", "-ffp-contract=off"],
+            extra_compile_args=["-O3", "-std=c11", "-ffp-contract=off"],
             libraries=["m"],
             optional=True,  # without a compiler the solvers do without local search
         )

@@ -10,10 +10,17 @@
 
 typedef int64_t i64;
 
+/* Loops over slots: compiled for wider registers, too, and chosen when loaded; integers, so results are the same. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+
 #define SPACING 8                  /* slots per execution when a schedule is laid out */
 #define FREE_SLOT ((i64)1 << 61)   /* subtracted from the memory of a free slot: it is never the peak */
 #define END_SLOT ((i64)1 << 60)    /* the slot of a reader that never lets go */
-#define BLOCK_SHIFT 7              /* slots per block of the memory profile, as a power of two */
+#define BLOCK_SHIFT 5              /* slots per block of the memory profile, as a power of two */
 #define BLOCK ((i64)1 << BLOCK_SHIFT)
 
 enum { OUTPUT = 1, GRADIENT = 2, TANGENT = 4 };
@@ -63,15 +70,17 @@ typedef struct {
     i64 work;                      /* moves tried, for limits that don't depend on the clock */
 } Bench;
 
+static inline i64 memory_at(const Bench *b, i64 slot) { return b->memory[slot] + b->block_add[slot >> BLOCK_SHIFT]; }
+
+static inline int is_read(const Bench *b, int32_t event) { return event >= 0 && !b->event[event].write; }
+
 /* schedule.c */
 int load(Bench *b, const i64 *order, i64 length, i64 split);
 i64 unload(const Bench *b, i64 *order);
 int respace(Bench *b);
 i64 most(const Bench *b, i64 start, i64 stop);
-i64 memory_at(const Bench *b, i64 slot);
 i64 peak(const Bench *b);
 int32_t last_before(const Bench *b, i64 value, i64 slot);
-int is_read(const Bench *b, int32_t event);
 int held(const Bench *b, i64 value, int32_t event);
 void begin(Bench *b);
 void undo_to(Bench *b, i64 mark);

@@ -38,7 +38,7 @@ void sort_by_worth(Bench *b, i64 count) {
 }
 
 /* Running sum of what a byte costs at each slot: steep where memory is nearly full. */
-static void set_prices(Bench *b, i64 budget) {
+WIDE static void set_prices(Bench *b, i64 budget) {
     double total = 0.0;
     for (i64 slot = 0; slot < b->slots; slot++) {
         i64 memory = memory_at(b, slot);
@@ -119,7 +119,7 @@ int spend(Bench *b, i64 budget, i64 rounds, double noise) {
     return changed;
 }
 
-static double excess(const Bench *b, i64 target) {
+WIDE static double excess(const Bench *b, i64 target) {
     double total = 0.0;
     for (i64 slot = 0; slot < b->slots; slot++) {
         i64 over = memory_at(b, slot) - target;
@@ -129,7 +129,7 @@ static double excess(const Bench *b, i64 target) {
 }
 
 /* By how much the present move changed the excess over a target. */
-static double excess_change(Bench *b, i64 mark, i64 target) {
+WIDE static double excess_change(Bench *b, i64 mark, i64 target) {
     i64 start = b->slots, stop = 0;
     double change = 0.0;
     for (i64 k = 0; k < b->ranges; k++) {

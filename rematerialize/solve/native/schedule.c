@@ -29,14 +29,14 @@ static void append(Bench *b, i64 value, i64 slot, int write) {
     b->tail[value] = at;
 }
 
-static void refresh(Bench *b, i64 block) {
+WIDE static void refresh(Bench *b, i64 block) {
     i64 found = -FREE_SLOT, stop = MIN((block + 1) << BLOCK_SHIFT, b->slots);
     for (i64 slot = block << BLOCK_SHIFT; slot < stop; slot++) found = MAX(found, b->memory[slot]);
     b->block_max[block] = found + b->block_add[block];
 }
 
 /* Memory of every slot from the events. O(slots + events). */
-static void measure(Bench *b) {
+WIDE static void measure(Bench *b) {
     const Graph *g = &b->g;
     memset(b->memory, 0, (size_t)(b->slots + 1) * sizeof(i64));
     for (i64 value = 0; value < g->values; value++) {
@@ -120,7 +120,7 @@ int respace(Bench *b) {
     return load(b, b->rank, b->length, split);
 }
 
-static void add(Bench *b, i64 start, i64 stop, i64 size) {
+WIDE static void add(Bench *b, i64 start, i64 stop, i64 size) {
     stop = MIN(stop, b->slots);
     for (i64 block = start >> BLOCK_SHIFT; block << BLOCK_SHIFT < stop; block++) {
         i64 low = MAX(start, block << BLOCK_SHIFT), high = MIN(stop, (block + 1) << BLOCK_SHIFT);
@@ -135,7 +135,7 @@ static void add(Bench *b, i64 start, i64 stop, i64 size) {
 }
 
 /* Largest memory of the slots [start, stop). */
-i64 most(const Bench *b, i64 start, i64 stop) {
+WIDE i64 most(const Bench *b, i64 start, i64 stop) {
     i64 found = -FREE_SLOT;
     stop = MIN(stop, b->slots);
     for (i64 block = start >> BLOCK_SHIFT; block << BLOCK_SHIFT < stop; block++) {
@@ -148,8 +148,6 @@ i64 most(const Bench *b, i64 start, i64 stop) {
     return found;
 }
 
-i64 memory_at(const Bench *b, i64 slot) { return b->memory[slot] + b->block_add[slot >> BLOCK_SHIFT]; }
-
 i64 peak(const Bench *b) { return MAX(most(b, 0, b->slots), 0); }
 
 /* Last event of a value before a slot, -1 when there is none. */
@@ -158,8 +156,6 @@ int32_t last_before(const Bench *b, i64 value, i64 slot) {
     while (at >= 0 && b->event[at].slot >= slot) at = b->event[at].before;
     return at;
 }
-
-int is_read(const Bench *b, int32_t event) { return event >= 0 && !b->event[event].write; }
 
 /* Whether an event belongs to the instance that the caller holds to the end. */
 int held(const Bench *b, i64 value, int32_t event) {
