@@ -75,10 +75,10 @@ class Effort:
 
 
 def effort_for(ops: int) -> Effort:
-    """Return the effort for a number of ops: about a second for up to 1,000, then in proportion."""
+    """Return the effort for a number of ops: some seconds for the smallest, about one for 1,000, then in proportion."""
     if ops <= SMALL:
         share = min(ops, 150)
-        return Effort(4, 33 * share, 80 * share, 300 * share, 66 * share, 3, 1)
+        return Effort(4, 50 * share, 120 * share, 300 * share, 240 * share, 3, 1)
     if ops <= MEDIUM:
         share = max(ops, 1_000) // 100
         return Effort(2, 40 * share, 150 * share, 120 * share, 40 * share, 1, 1)
@@ -153,6 +153,8 @@ class Polisher:
             work = self.effort.second
             if self.ops <= SMALL and job[1] <= steep:
                 work *= HARDEST if job[1] == ranked[-1] else HARD
+                twice = max(2 * self.ops, 1)  # a round of moves takes in proportion to a plan's length
+                work = work * max(job[0].length, twice) // twice
             elif self.ops > SMALL and job[1] > easy:
                 work //= HARD
             return job[0] if self._late() else self.at(job[0], job[1], work=work, seed=2)

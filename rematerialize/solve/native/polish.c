@@ -119,6 +119,25 @@ int spend(Bench *b, i64 budget, i64 rounds, double noise) {
     return changed;
 }
 
+/* Move up to `count` executions from a slot on to where their bytes cost least: time is the same, but room is made. */
+void settle(Bench *b, i64 budget, i64 slot, i64 count) {
+    set_prices(b, budget);
+    b->work += b->slots >> 9;
+    for (i64 seen = 0; count > 0 && seen < b->slots; seen++, slot = slot + 1 < b->slots ? slot + 1 : 0) {
+        if (b->op_at[slot] < 0) continue;
+        count--;
+        for (int later = 0; later < 2; later++) {
+            i64 mark = b->logged;
+            double before_s = b->makespan_s;
+            begin(b);
+            if (!shift(b, slot, later ? b->slots : 0)) continue;
+            if (priced(b) < 0 && fits(b, budget)) break;
+            undo_to(b, mark);
+            b->makespan_s = before_s;
+        }
+    }
+}
+
 WIDE static double excess(const Bench *b, i64 target) {
     double total = 0.0;
     for (i64 slot = 0; slot < b->slots; slot++) {

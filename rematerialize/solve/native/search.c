@@ -101,8 +101,10 @@ static void sink(Bench *b, i64 depth) {
 static int perturb(Bench *b, i64 budget) {
     static const double stretches[] = {0.0, 0.25, 1.0};
     double stretch = stretches[random_below(b, 3)], kind = uniform(b);
-    if (kind < 0.25) {
-        if (uniform(b) < 0.5) sink(b, 1 + random_below(b, 8));
+    if (kind < 0.4) {
+        double move = uniform(b);
+        if (move < 0.2) sink(b, 1 + random_below(b, 8));
+        else if (move < 0.8) settle(b, budget, random_below(b, b->slots), 4 + random_below(b, 28));
         else shift_near(b, 1 + random_below(b, 4));
         return descend(b, budget, 12, 0.6, stretch, 0);
     }
@@ -124,6 +126,7 @@ int improve(Bench *b, i64 budget, i64 work, double threshold, uint64_t seed) {
     i64 length = b->length, split = unload(b, b->saved), until = b->work + work, start = b->work, idle = 0;
     double best_s = b->makespan_s, first_s = best_s;
     b->random = seed * 2654435761u + 88172645463325252u;
+    settle(b, budget, 0, length);
     while (b->work < until) {
         double now_s = b->makespan_s;
         double allowed = 1 + threshold * (1 - (double)(b->work - start) / (double)MAX(work, 1));
@@ -166,7 +169,9 @@ int lower(Bench *b, i64 target, i64 work, uint64_t seed) {
         if (trial % 4 == 1) delete_near(b, 1 + random_below(b, 6));
         if (trial % 4 == 2) drop_near(b, 1 + random_below(b, 6), stretch);
         if (trial % 4 == 3) {
-            if (uniform(b) < 0.6)
+            double move = uniform(b);
+            if (move < 0.3) settle(b, target, random_below(b, b->slots), b->length);
+            else if (move < 0.7)
                 for (i64 k = random_below(b, 4); k >= 0; k--) sink(b, 1 + random_below(b, 12));
             else shift_near(b, 1 + random_below(b, 6));
         }
