@@ -23,7 +23,7 @@ from rematerialize.solve.step import Plan, Step, compile_step
 HALVINGS = 7  # of the room between two archived peaks, down to the budget that was asked for
 LEVELS = 18  # between the minimum and store-all
 NEAR = (0, 1, 2, 4, 7, 11)  # more levels near the minimum, in percent above it,
-NOT_SO_NEAR = (17, 25, 35)  # and on small steps: on large ones plans are too long there to be searched around
+NEARER = (3, 5, 9, 14, 17, 25, 35)  # and on small steps: on large ones plans are too long there to be searched around
 STEEP = 3  # levels at the minimum for which plans from store-all down are tried, too
 TWICE = ("chain", "descent")  # the solvers that plan larger steps in two orders
 FINE, COARSE = 0.2, 0.05  # effort of the lower bound, for small steps and others
@@ -138,7 +138,7 @@ class Planner:
             least = min(point.peak_bytes for point in points)
             stride = self._polisher.effort.stride
             wanted = [least + (high - least) * part // LEVELS for part in range(1, LEVELS)][::stride]
-            near = (*NEAR, *NOT_SO_NEAR) if len(self._given.names) <= SMALL else NEAR
+            near = (*NEAR, *NEARER) if len(self._given.names) <= SMALL else NEAR
             wanted += [min(least * (100 + percent) // 100, high) for percent in near][::stride]
             levels = self._polisher.levels(points, wanted)
             lowest = [(start, level) for start in self._starts for level in sorted(wanted)[:STEEP]]

@@ -21,6 +21,7 @@ Found = TypeVar("Found")
 THREADS = 2
 RESTART = 10_000  # moves after which a search starts again from its best plan
 HARD, HARDEST = 5, 17  # how much more levels near the minimum of a small step get, and the minimum itself
+BULGE, BULGES = 0.001, 2  # how far, in shares of the time, a level may be off the line between its neighbours
 THRESHOLDS = (0.03, 0.3, 0.003)  # how much slower a plan may be to go on from, restart by restart
 SMALL = 400  # ops up to which quality goes before a second's wait
 EXCHANGED = 800  # ops up to which levels try what a higher one found: descents take long
@@ -45,7 +46,7 @@ class Point:
     rank: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
     """How much a step of a size gets, in moves of the local search.
 
@@ -78,13 +79,29 @@ def effort_for(ops: int) -> Effort:
     """Return the effort for a number of ops: some seconds for the smallest, about one for 1,000, then in proportion."""
     if ops <= SMALL:
         share = min(ops, 150)
-        return Effort(4, 50 * share, 120 * share, 300 * share, 240 * share, 3, 1)
+        return Effort(
+            starts=4,
+            first=75 * share,
+            second=200 * share,
+            squeeze=300 * share,
+            halfway=240 * share,
+            exchanges=3,
+            stride=1,
+        )
     if ops <= MEDIUM:
         share = max(ops, 1_000) // 100
-        return Effort(2, 40 * share, 150 * share, 120 * share, 40 * share, 1, 1)
+        return Effort(
+            starts=2,
+            first=80 * share,
+            second=300 * share,
+            squeeze=120 * share,
+            halfway=80 * share,
+            exchanges=1,
+            stride=1,
+        )
     if ops <= LARGE:
-        return Effort(1, 0, 60 * (ops // 100), 0, 0, 1, 2)
-    return Effort(1, 0, 0, 0, 0, 1, 3)
+        return Effort(starts=1, first=0, second=180 * (ops // 100), squeeze=0, halfway=0, exchanges=1, stride=2)
+    return Effort(starts=1, first=0, second=0, squeeze=0, halfway=0, exchanges=1, stride=3)
 
 
 class Polisher:
@@ -154,7 +171,7 @@ class Polisher:
             if self.ops <= SMALL and job[1] <= steep:
                 work *= HARDEST if job[1] == ranked[-1] else HARD
                 twice = max(2 * self.ops, 1)  # a round of moves takes in proportion to a plan's length
-                work = work * max(job[0].length, twice) // twice
+                work = work * min(max(job[0].length, twice), 2 * twice) // twice
             elif self.ops > SMALL and job[1] > easy:
                 work //= HARD
             return job[0] if self._late() else self.at(job[0], job[1], work=work, seed=2)
@@ -168,7 +185,36 @@ class Polisher:
         plans = [point for point, _ in found]
         for _ in range(self.effort.exchanges):
             plans = self._exchanged(plans, [level for _, level in found])
+        for turn in range(BULGES if self.ops <= SMALL else 0):
+            plans = self._flattened(plans, [level for _, level in found], turn)
         return plans
+
+    def _flattened(self, plans: Sequence[Point], levels: Sequence[int], turn: int) -> list[Point]:
+        """Search once more at the lowest level, and where a plan is slower than those beside it let expect."""
+        if len(plans) < 2:
+            return list(plans)
+
+        def run(at: int) -> Point:
+            above, point, level = plans[at - 1], plans[at], levels[at]
+            work, seed, lowest = self.effort.second, 20 * turn, at + 1 == len(plans)
+            if lowest:
+                work *= HARD
+            elif not self._bulges(plans[at - 1 : at + 2], levels[at - 1 : at + 2], BULGE * plans[0].time_s):
+                return point
+            if self._late():
+                return point
+            found = self.better(point, self.down(above, level, work=work, seed=11 + seed))
+            if not lowest:
+                found = self.better(found, self.at(plans[at + 1], level, work=work, seed=12 + seed))
+            return self.better(found, self.at(point, level, work=work, seed=13 + seed))
+
+        return [plans[0], *side_by_side(run, range(1, len(plans)))]
+
+    @staticmethod
+    def _bulges(plans: Sequence[Point], levels: Sequence[int], by_s: float) -> bool:
+        """Whether the second of three plans is that much slower than the line between the others."""
+        share = (levels[1] - levels[2]) / (levels[0] - levels[2])
+        return plans[1].time_s > plans[2].time_s + share * (plans[0].time_s - plans[2].time_s) + by_s
 
     def _exchanged(self, plans: Sequence[Point], levels: Sequence[int]) -> list[Point]:
         """Let every level, highest first, try what the levels above and then below it found."""
@@ -188,13 +234,13 @@ class Polisher:
         """Return the faster of two plans, the first when neither is."""
         return other if other is not None and other.time_s < point.time_s else point
 
-    def down(self, start: Point, level: int, *, work: int) -> Point | None:
+    def down(self, start: Point, level: int, *, work: int, seed: int = 5) -> Point | None:
         """Return a plan within a level that a descent and a search from a plan above it find."""
         with self._bench(2 * start.length + self.ops) as bench:
             if not bench.load(start.plan) or not bench.descend(level):
                 return None
             bench.spend(level)
-            self._improve(bench, level, work, seed=5)
+            self._improve(bench, level, work, seed=seed)
             return self._replay(bench.plan(), start.solver)
 
     def _improve(self, bench: Workbench, level: int, work: int, *, seed: int) -> None:

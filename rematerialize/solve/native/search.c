@@ -126,7 +126,10 @@ int improve(Bench *b, i64 budget, i64 work, double threshold, uint64_t seed) {
     i64 length = b->length, split = unload(b, b->saved), until = b->work + work, start = b->work, idle = 0;
     double best_s = b->makespan_s, first_s = best_s;
     b->random = seed * 2654435761u + 88172645463325252u;
-    settle(b, budget, 0, length);
+    if (work >= length) { /* for once all of it, beside what `work` counts */
+        settle(b, budget, 0, length);
+        b->work = start;
+    }
     while (b->work < until) {
         double now_s = b->makespan_s;
         double allowed = 1 + threshold * (1 - (double)(b->work - start) / (double)MAX(work, 1));
