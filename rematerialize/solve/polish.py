@@ -1,8 +1,8 @@
 """Polishing a portfolio's plans: at every level the best of them is searched around; the lowest are squeezed.
 
 Levels don't depend on each other in the first pass, so they run side by side on threads (the compiled code
-lets go of the interpreter); the second pass hands every level's plan up to the next. Counted work, not the
-clock, ends each search, so that plans repeat.
+lets go of the interpreter). Then neighbours exchange what they found, and levels that are slower than the line
+between their neighbours are searched once more. Counted work, not the clock, ends each search, so that plans repeat.
 """
 
 from __future__ import annotations
