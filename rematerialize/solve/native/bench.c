@@ -29,7 +29,7 @@ Bench *bench_new(const Graph *g, i64 length) {
     b->g = *g;
     bench_limit(b, length);
     size_t slots = (size_t)b->slot_space + 2, events = (size_t)b->event_space + 2;
-    size_t blocks = (slots >> BLOCK_SHIFT) + 2, widest = slots > events ? slots : events;
+    size_t blocks = (slots >> LEAST_SHIFT) + 2, widest = slots > events ? slots : events;
     b->op_at = calloc(slots, sizeof(int32_t));
     b->first = calloc(slots, sizeof(int32_t));
     b->memory = calloc(slots, sizeof(i64));

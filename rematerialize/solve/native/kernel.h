@@ -20,8 +20,7 @@ typedef int64_t i64;
 #define SPACING 8                  /* slots per execution when a schedule is laid out */
 #define FREE_SLOT ((i64)1 << 61)   /* subtracted from the memory of a free slot: it is never the peak */
 #define END_SLOT ((i64)1 << 60)    /* the slot of a reader that never lets go */
-#define BLOCK_SHIFT 5              /* slots per block of the memory profile, as a power of two */
-#define BLOCK ((i64)1 << BLOCK_SHIFT)
+#define LEAST_SHIFT 5               /* of blocks of the memory profile, see `block_shift` */
 
 enum { OUTPUT = 1, GRADIENT = 2, TANGENT = 4 };
 
@@ -46,6 +45,7 @@ typedef struct {
     Graph g;
     i64 slots, split, length;      /* of the schedule that is laid out */
     i64 slot_space, event_space;   /* room for longer ones */
+    int block_shift;               /* slots per block of the memory profile, as a power of two */
     i64 events, logged, ranges;
     double makespan_s;
     int32_t *op_at;                /* per slot: op or -1 */
@@ -70,7 +70,7 @@ typedef struct {
     i64 work;                      /* moves tried, for limits that don't depend on the clock */
 } Bench;
 
-static inline i64 memory_at(const Bench *b, i64 slot) { return b->memory[slot] + b->block_add[slot >> BLOCK_SHIFT]; }
+static inline i64 memory_at(const Bench *b, i64 slot) { return b->memory[slot] + b->block_add[slot >> b->block_shift]; }
 
 static inline int is_read(const Bench *b, int32_t event) { return event >= 0 && !b->event[event].write; }
 

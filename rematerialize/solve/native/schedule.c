@@ -30,8 +30,8 @@ static void append(Bench *b, i64 value, i64 slot, int write) {
 }
 
 WIDE static void refresh(Bench *b, i64 block) {
-    i64 found = -FREE_SLOT, stop = MIN((block + 1) << BLOCK_SHIFT, b->slots);
-    for (i64 slot = block << BLOCK_SHIFT; slot < stop; slot++) found = MAX(found, b->memory[slot]);
+    i64 found = -FREE_SLOT, stop = MIN((block + 1) << b->block_shift, b->slots);
+    for (i64 slot = block << b->block_shift; slot < stop; slot++) found = MAX(found, b->memory[slot]);
     b->block_max[block] = found + b->block_add[block];
 }
 
@@ -63,7 +63,7 @@ WIDE static void measure(Bench *b) {
         live += b->memory[slot];
         b->memory[slot] = b->op_at[slot] >= 0 ? live + g->transient[b->op_at[slot]] : live - FREE_SLOT;
     }
-    for (i64 block = 0; block << BLOCK_SHIFT < b->slots; block++) {
+    for (i64 block = 0; block << b->block_shift < b->slots; block++) {
         b->block_add[block] = 0;
         refresh(b, block);
     }
@@ -79,6 +79,7 @@ int load(Bench *b, const i64 *order, i64 length, i64 split) {
     b->slots = length * SPACING;
     b->split = split * SPACING;
     b->length = length;
+    for (b->block_shift = LEAST_SHIFT; (i64)4 << 2 * b->block_shift < b->slots;) b->block_shift++; /* some sqrt(slots) */
     b->events = b->logged = b->ranges = 0;
     b->makespan_s = 0.0;
     b->focus_low = 0;
@@ -122,9 +123,9 @@ int respace(Bench *b) {
 
 WIDE static void add(Bench *b, i64 start, i64 stop, i64 size) {
     stop = MIN(stop, b->slots);
-    for (i64 block = start >> BLOCK_SHIFT; block << BLOCK_SHIFT < stop; block++) {
-        i64 low = MAX(start, block << BLOCK_SHIFT), high = MIN(stop, (block + 1) << BLOCK_SHIFT);
-        if (high - low == BLOCK) {
+    for (i64 block = start >> b->block_shift; block << b->block_shift < stop; block++) {
+        i64 low = MAX(start, block << b->block_shift), high = MIN(stop, (block + 1) << b->block_shift);
+        if ((high - low) >> b->block_shift) {
             b->block_add[block] += size;
             b->block_max[block] += size;
         } else {
@@ -138,10 +139,10 @@ WIDE static void add(Bench *b, i64 start, i64 stop, i64 size) {
 WIDE i64 most(const Bench *b, i64 start, i64 stop) {
     i64 found = -FREE_SLOT;
     stop = MIN(stop, b->slots);
-    for (i64 block = start >> BLOCK_SHIFT; block << BLOCK_SHIFT < stop; block++) {
-        i64 low = MAX(start, block << BLOCK_SHIFT), high = MIN(stop, (block + 1) << BLOCK_SHIFT);
+    for (i64 block = start >> b->block_shift; block << b->block_shift < stop; block++) {
+        i64 low = MAX(start, block << b->block_shift), high = MIN(stop, (block + 1) << b->block_shift);
         if (b->block_max[block] <= found) continue;
-        if (high - low == BLOCK) found = b->block_max[block];
+        if ((high - low) >> b->block_shift) found = b->block_max[block];
         else
             for (i64 slot = low; slot < high; slot++) found = MAX(found, b->memory[slot] + b->block_add[block]);
     }

@@ -53,9 +53,9 @@ static void shift_near(Bench *b, i64 count) {
 /* A slot of the most memory. */
 static i64 fullest(const Bench *b) {
     i64 top = peak(b);
-    for (i64 block = 0; block << BLOCK_SHIFT < b->slots; block++) {
+    for (i64 block = 0; block << b->block_shift < b->slots; block++) {
         if (b->block_max[block] < top) continue;
-        for (i64 slot = block << BLOCK_SHIFT; slot < b->slots; slot++)
+        for (i64 slot = block << b->block_shift; slot < b->slots; slot++)
             if (memory_at(b, slot) >= top) return slot;
     }
     return 0;
