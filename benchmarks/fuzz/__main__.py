@@ -12,21 +12,17 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
-
-from benchmarks.fuzz.check import Outcome, check, quick_costs
+from benchmarks.fuzz.check import Outcome, check
 from benchmarks.fuzz.pieces import PIECES
 from benchmarks.fuzz.recipe import Recipe, read
-from benchmarks.fuzz.strategies import recipes
+from benchmarks.fuzz.run import Tally, fuzz, quiet_start
 from benchmarks.provenance import Provenance, provenance
 
-FORMAT = "rematerialize.fuzz/2"
+FORMAT = "rematerialize.fuzz/3"
 RESULT = Path(__file__).resolve().parents[1] / "results" / "fuzz.json"
 PACKAGES = ("rematerialize", "torch", "hypothesis")
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,70 +41,6 @@ TESTED = (  # all that decides what a wrapped module computes under a schedule; 
     "rematerialize/wrapper.py",
     "benchmarks/fuzz",
 )
-CHUNK = 500  # examples per Hypothesis run: it draws small ones first
-TOLD = 50  # failures that are kept
-
-
-@dataclass(slots=True)
-class Tally:
-    """What a run found. Coverage counts valid examples that have a piece at all, and the solver."""
-
-    outcomes: Counter[str] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
-    invalid: Counter[str] = field(default_factory=Counter)
-    pieces: Counter[str] = field(default_factory=Counter)
-    solvers: Counter[str] = field(default_factory=Counter)
-    recomputing: int = 0
-    failures: list[dict[str, str]] = field(default_factory=list)
-    next_seed: int = 0
-
-    def add(self, recipe: Recipe, outcome: Outcome) -> None:
-        self.outcomes[outcome.status] += 1
-        if outcome.status == "invalid":
-            self.invalid[outcome.detail[:80]] += 1
-            return
-        self.pieces.update({piece.name for piece in recipe.walk()})
-        self.solvers[recipe.solver] += 1
-        self.recomputing += outcome.recomputed > 0
-        if outcome.status == "refused":
-            self.reasons[outcome.detail] += 1
-        if outcome.status == "failed" and len(self.failures) < TOLD:
-            self.failures.append({"detail": outcome.detail, "recipe": repr(recipe)})
-
-    @property
-    def examples(self) -> int:
-        """Examples that eager can do: the others show nothing."""
-        return self.outcomes.total() - self.outcomes["invalid"]
-
-
-def fuzz(examples: int, limit_s: float, every: Callable[[Tally], None], tally: Tally) -> None:
-    """Check recipes into a tally until it has enough valid ones, or the time is over."""
-    seen: set[Recipe] = set()
-    deadline = time.monotonic() + limit_s
-    while tally.examples < examples and time.monotonic() < deadline:
-
-        @seed(tally.next_seed)
-        @settings(
-            max_examples=CHUNK,
-            database=None,
-            deadline=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(recipes())
-        def run(recipe: Recipe) -> None:
-            if recipe in seen or tally.examples >= examples or time.monotonic() > deadline:
-                return
-            seen.add(recipe)
-            outcome = check(recipe)
-            tally.add(recipe, outcome)
-            if outcome.status == "failed":
-                print(f"FAILED {outcome.detail}\n  {recipe!r}", flush=True)
-            if tally.outcomes.total() % 100 == 0:
-                every(tally)
-
-        tally.next_seed += 1
-        run()
 
 
 def shrink(recipe: Recipe) -> Recipe:
@@ -194,6 +126,7 @@ def record(tally: Tally, told: Provenance, wall_s: float) -> dict[str, Any]:
         "with_recomputation": tally.recomputing,
         "examples_by_piece": {name: tally.pieces[name] for name in sorted(PIECES)},
         "examples_by_solver": dict(sorted(tally.solvers.items())),
+        "slowest": tally.slowest,
         "failures": tally.failures,
     }
 
@@ -207,23 +140,30 @@ def resumed(path: Path) -> tuple[Tally, float] | None:
         return None
     outcomes = Counter(old["outcomes"], invalid=old["not_for_eager"])
     counts = (old["refused_by_reason"], {}, old["examples_by_piece"], old["examples_by_solver"])
-    tally = Tally(outcomes, *map(Counter, counts), old["with_recomputation"], old["failures"], old["next_seed"])
+    tally = Tally(
+        outcomes,
+        *map(Counter, counts),
+        recomputing=old["with_recomputation"],
+        failures=old["failures"],
+        slowest=tuple(old["slowest"]),
+        next_seed=old["next_seed"],
+    )
     return tally, old["wall_s"]
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__)
-    parser.add_argument("--examples", type=int, default=1000, help="valid examples to check")
+    parser.add_argument("--examples", type=int, default=1000, help="valid examples to check, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the recipes")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--resume", action="store_true", help="go on with the record of the same code, if there is one")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--recipe", help="check this one: the repr of a recipe")
     parser.add_argument("--shrink", action="store_true", help="make a failing --recipe smaller")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    quick_costs()
     if options.recipe:
+        quiet_start()
         recipe = read(options.recipe)
         recipe = shrink(recipe) if options.shrink else recipe
         outcome = check(recipe)
@@ -240,7 +180,7 @@ def main(arguments: list[str]) -> int:
         options.output.write_text(text + "\n", encoding="utf-8")
         print(f"{time.monotonic() - start:.0f} s: {dict(tally.outcomes)}", flush=True)
 
-    fuzz(options.examples, options.minutes * 60, save, tally)
+    fuzz(options.examples, options.minutes * 60, options.jobs, save, tally)
     save(tally)
     print(json.dumps({"invalid": tally.invalid.most_common(15)}, indent=1))
     return int(tally.outcomes["failed"] > 0)

@@ -1,0 +1,115 @@
+"""Batches of random recipes in several processes, tallied in the order of their seeds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from benchmarks.fuzz.check import Outcome, check, quick_costs
+from benchmarks.fuzz.recipe import Recipe
+from benchmarks.fuzz.strategies import recipes
+
+CHUNK = 500  # examples per Hypothesis run: it draws small ones first
+TOLD = 50  # failures that are kept
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a run found. Coverage counts valid examples that have a piece at all, and the solver."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    invalid: Counter[str] = field(default_factory=Counter)
+    pieces: Counter[str] = field(default_factory=Counter)
+    solvers: Counter[str] = field(default_factory=Counter)
+    recomputing: int = 0
+    failures: list[dict[str, str]] = field(default_factory=list)
+    slowest: tuple[float, str] = (0.0, "")  # seconds, recipe
+    next_seed: int = 0
+
+    def add(self, recipe: Recipe, outcome: Outcome, seconds: float) -> None:
+        self.outcomes[outcome.status] += 1
+        self.slowest = max(self.slowest, (round(seconds, 1), repr(recipe)))
+        if outcome.status == "invalid":
+            self.invalid[outcome.detail[:80]] += 1
+            return
+        self.pieces.update({piece.name for piece in recipe.walk()})
+        self.solvers[recipe.solver] += 1
+        self.recomputing += outcome.recomputed > 0
+        if outcome.status == "refused":
+            self.reasons[outcome.detail] += 1
+        if outcome.status == "failed" and len(self.failures) < TOLD:
+            self.failures.append({"detail": outcome.detail, "recipe": repr(recipe)})
+
+    def take(self, other: Tally) -> None:
+        """Add what a later batch found."""
+        for name in ("outcomes", "reasons", "invalid", "pieces", "solvers"):
+            getattr(self, name).update(getattr(other, name))
+        self.recomputing += other.recomputing
+        self.failures = (self.failures + other.failures)[:TOLD]
+        self.slowest = max(self.slowest, other.slowest)
+        self.next_seed = other.next_seed
+
+    @property
+    def examples(self) -> int:
+        """Examples that eager can do: the others show nothing."""
+        return self.outcomes.total() - self.outcomes["invalid"]
+
+
+def batch(first: int, deadline: float) -> Tally:
+    """Check the recipes of one Hypothesis run, until ``deadline`` (`time.time`)."""
+    tally = Tally(next_seed=first + 1)
+    seen: set[Recipe] = set()
+
+    @seed(first)
+    @settings(
+        max_examples=CHUNK,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(recipes())
+    def run(recipe: Recipe) -> None:
+        if recipe in seen or time.time() > deadline:
+            return
+        seen.add(recipe)
+        start = time.perf_counter()
+        outcome = check(recipe)
+        tally.add(recipe, outcome, time.perf_counter() - start)
+        if outcome.status == "failed":
+            print(f"FAILED {outcome.detail}\n  {recipe!r}", flush=True)
+
+    run()
+    return tally
+
+
+def fuzz(examples: int, limit_s: float, jobs: int, every: Callable[[Tally], None], tally: Tally) -> None:
+    """Check recipes into a tally until it has at least so many valid ones, or the time is over.
+
+    Batches are counted in the order of their seeds, so that a record can go on where it stopped.
+    """
+    deadline = time.time() + limit_s
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, initializer=quiet_start, max_tasks_per_child=4) as pool:
+        ahead = deque(pool.submit(batch, tally.next_seed + k, deadline) for k in range(jobs))
+        while ahead and tally.examples < examples:
+            tally.take(ahead.popleft().result())
+            if time.time() < deadline:
+                ahead.append(pool.submit(batch, tally.next_seed + jobs - 1, deadline))
+            every(tally)
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+
+def quiet_start() -> None:
+    torch.set_num_threads(1)
+    quick_costs()
