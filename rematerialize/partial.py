@@ -1,7 +1,11 @@
-"""A backward for when some outputs got no gradient: autograd leaves out what they alone lead to, and so does this.
+"""A backward for other tangents than the traced ones: absent, or laid out otherwise.
 
-Zeros in their place would be eager's gradients in most cases, not in all: zero times an infinite derivative is NaN,
-and a parameter that only an unused output leads to would get zeros where eager leaves ``grad`` at None.
+Where some outputs got no gradient, autograd leaves out what they alone lead to, and so does this. Zeros in their place
+would be eager's gradients in most cases, not in all: zero times an infinite derivative is NaN, and a parameter that
+only an unused output leads to would get zeros where eager leaves ``grad`` at None.
+
+A gradient that arrives in another layout than its output's (of ``y.sum()``: one number, expanded) goes on in it, as in
+eager: kernels add up in the order of the layout, and a copy would be memory that no plan knows of.
 """
 
 from __future__ import annotations
@@ -23,8 +27,10 @@ _SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor})
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 
 
-def without_tangents(backward: fx.GraphModule, absent: Collection[int]) -> fx.GraphModule:
-    """The backward that results when the tangents at some positions are absent.
+def for_tangents(
+    backward: fx.GraphModule, absent: Collection[int], strides: Mapping[int, tuple[int, ...]]
+) -> fx.GraphModule:
+    """The backward that results when the tangents at some positions are absent, or laid out otherwise than traced.
 
     A backward is linear in its tangents: what depends on absent ones only is absent itself, a sum with an absent
     term is the other term, and any other op reads zeros for it, which is what autograd's own formulas do. Zeros that
@@ -36,23 +42,35 @@ def without_tangents(backward: fx.GraphModule, absent: Collection[int]) -> fx.Gr
         An emitted backward, whose nodes carry their fake values.
     absent : collection of int
         Positions among the step's tangents. It takes the same list of arguments; what it gets there isn't read.
+    strides : mapping
+        From positions among the step's tangents to the strides that they have. They are copied to those of the trace
+        where only the run could tell what an op makes of them.
 
     Returns
     -------
     fx.GraphModule
         Returns None for gradients that depend on absent tangents only.
     """
-    try:
-        return _without(backward, absent, follow_layouts=True)
-    except _Unfollowed:
-        return _without(backward, absent, follow_layouts=False)
+    for copy_tangents, follow_terms in ((False, True), (True, True), (True, False)):
+        try:
+            return _derived(backward, absent, strides, copy_tangents=copy_tangents, follow_terms=follow_terms)
+        except _Unfollowed:
+            continue
+    raise AssertionError("nothing is laid out otherwise, so nothing is left to follow")
 
 
 class _Unfollowed(Exception):
     """A layout that changes reaches a call of which only the run can tell what it makes of it."""
 
 
-def _without(backward: fx.GraphModule, absent: Collection[int], *, follow_layouts: bool) -> fx.GraphModule:
+def _derived(
+    backward: fx.GraphModule,
+    absent: Collection[int],
+    strides: Mapping[int, tuple[int, ...]],
+    *,
+    copy_tangents: bool,
+    follow_terms: bool,
+) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     results = graph.output(graph.graph_copy(backward.graph, copies))
@@ -62,6 +80,9 @@ def _without(backward: fx.GraphModule, absent: Collection[int], *, follow_layout
     missing.update(node for node in tangents if node.meta["tangent"] in absent)
     carrying.update(tangents)
     moved: dict[fx.Node, Any] = {}  # what is laid out otherwise than in the trace, and the traced value
+    for node in tangents:
+        if node not in missing and node.meta["tangent"] in strides:
+            _lay_out(graph, node, strides[node.meta["tangent"]], moved, copy=copy_tangents)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -76,7 +97,7 @@ def _without(backward: fx.GraphModule, absent: Collection[int], *, follow_layout
         if gone and missing.issuperset(source for source in node.all_input_nodes if source in carrying):
             missing.add(node)
             continue
-        if gone and not _without_term(graph, node, missing, follow_layouts):
+        if gone and not _without_term(graph, node, missing, follow_terms):
             for source in gone:
                 with graph.inserting_before(node):
                     zeros = graph.call_function(zeros_as, _layout(source.meta["val"]))
@@ -92,11 +113,27 @@ def _without(backward: fx.GraphModule, absent: Collection[int], *, follow_layout
     return fx.GraphModule(backward, graph)
 
 
+def _lay_out(
+    graph: fx.Graph, tangent: fx.Node, strides: tuple[int, ...], moved: dict[fx.Node, Any], *, copy: bool
+) -> None:
+    traced = tangent.meta["val"]
+    if copy:
+        arguments = [node for node in graph.nodes if node.op == "placeholder"]
+        with graph.inserting_after(arguments[-1]):
+            again = graph.call_function(laid_as, (tangent, tuple(traced.stride())))
+        again.meta["val"] = traced
+        tangent.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
+    with traced.fake_mode:
+        tangent.meta["val"] = torch.empty_strided(traced.shape, strides, dtype=traced.dtype, device=traced.device)
+    if not copy:
+        moved[tangent] = traced
+
+
 def _made_of_nothing(node: fx.Node) -> bool:
     return "reached_by" in node.meta and (not node.all_input_nodes or node.target in TEMPLATE_FACTORIES)
 
 
-def _without_term(graph: fx.Graph, node: fx.Node, missing: set[fx.Node], follow_layouts: bool) -> bool:
+def _without_term(graph: fx.Graph, node: fx.Node, missing: set[fx.Node], follow_terms: bool) -> bool:
     """A sum of two becomes its other term: a copy of it, where the sum would have had a storage of its own.
 
     The term may be laid out otherwise than the sum. Eager's formulas go on with the term, and kernels add up in the
@@ -110,11 +147,12 @@ def _without_term(graph: fx.Graph, node: fx.Node, missing: set[fx.Node], follow_
     term = second if first in missing else first
     if _layout(term.meta["val"]) != _layout(node.meta["val"]):
         same_kind = (term.meta["val"].shape, term.meta["val"].dtype) == (node.meta["val"].shape, node.meta["val"].dtype)
-        if not follow_layouts or not same_kind:
+        if not follow_terms or not same_kind:
             return False
     in_place = term is first and node.target is aten.add_.Tensor
     node.target = aten.alias.default if in_place or not (_written(node) or _written(term)) else copied
     node.args = (term,)
+    node.meta.pop("swapped", None)
     return True
 
 
@@ -163,6 +201,8 @@ def _follow(graph: fx.Graph, node: fx.Node, moved: Mapping[fx.Node, Any]) -> boo
                 again.meta["val"] = moved[source]
                 node.replace_input_with(source, again)
         return False
+    if "swapped" in node.meta:
+        _swap_back(node)
     try:
         value = _fake_result(node)
     except (RuntimeError, ValueError):
@@ -177,10 +217,32 @@ def _follow(graph: fx.Graph, node: fx.Node, moved: Mapping[fx.Node, Any]) -> boo
     return [_layout(made) for _, made in tensors_of(value)] != before
 
 
+def _swap_back(node: fx.Node) -> None:
+    """Let a sum or product in place again be laid out as its first operand, which it was written over the second of."""
+    over, first = node.args
+    if not (isinstance(over, fx.Node) and isinstance(first, fx.Node)):
+        return
+    left, right = over.meta["val"], first.meta["val"]
+    if left.shape != right.shape or left.stride() == right.stride():
+        return
+    node.args = (first, over)
+    if first.target is not copied or len(first.users) > 1:  # a copy that nothing else reads may be written over
+        node.target = _ALLOCATING[node.target]
+    del node.meta["swapped"]
+
+
+_ALLOCATING: dict[Any, Any] = {aten.add_.Tensor: aten.add.Tensor, aten.mul_.Tensor: aten.mul.Tensor}
+
 # Autograd's formulas hand these a contiguous gradient (torch's derivatives.yaml); every other kernel gets what comes.
 _TRACED_LAYOUT = frozenset(
     {aten.native_group_norm_backward, aten._cdist_backward, aten._weight_norm_interface_backward, aten.as_strided}
-    | {aten.view_as_complex, aten.view_as_real, aten.convolution_backward, aten.cudnn_batch_norm_backward}
+    | {
+        aten._reshape_alias,
+        aten.view_as_complex,
+        aten.view_as_real,
+        aten.convolution_backward,
+        aten.cudnn_batch_norm_backward,
+    }
     | {aten.miopen_batch_norm_backward}
 )
 

@@ -20,13 +20,14 @@ from rematerialize.capture.aliasing import phase_of, tensors_of
 from rematerialize.capture.step import CapturedStep
 from rematerialize.emit import EmittedStep
 from rematerialize.errors import RematerializeError
-from rematerialize.partial import without_tangents
+from rematerialize.partial import for_tangents
 
 _TWICE = (
     "Trying to backward through the graph a second time: the rematerialized step freed its saved tensors during "
     "the first backward. Specify retain_graph=True in the first backward if you need to go through it again."
 )
 
+_MOST_DERIVED = 16  # backwards for other tangents that a step keeps: one per set of absent ones and layouts
 _DOUBLE = (
     "double backward: this differentiates gradients that a rematerialized step computed, and its backward can't be "
     "differentiated. Take the inner gradient inside the wrapped module's forward (torch.autograd.grad(..., "
@@ -72,13 +73,15 @@ def check_surroundings(tensors: Iterable[Tensor]) -> None:
 class _Box:
     """What the two functions of one step hand to each other; a tangent is None where an output got no gradient.
 
-    ``absent`` has the positions of such tangents among the step's, also of those that no op of the backward reads.
+    ``absent`` has the positions of such tangents among the step's, also of those that no op of the backward reads,
+    ``strides`` those of the tangents that are laid out otherwise than in the trace.
     """
 
     primals: list[Tensor] | None = None
     outputs: list[Tensor] | None = None
     tangents: list[Tensor | None] | None = None
     absent: frozenset[int] = frozenset()
+    strides: tuple[tuple[int, tuple[int, ...]], ...] = ()
     anchors: tuple[Tensor, ...] = ()
 
 
@@ -88,15 +91,18 @@ class TrainingStep:
 
     captured: CapturedStep
     emitted: EmittedStep
-    _partial: dict[frozenset[int], fx.GraphModule] = field(default_factory=dict, compare=False)
+    _derived: dict[Any, fx.GraphModule] = field(default_factory=dict, compare=False)
 
-    def backward(self, absent: frozenset[int]) -> fx.GraphModule:
-        """The backward graph for when the tangents at some positions are absent."""
-        if not absent:
+    def backward(self, box: _Box) -> fx.GraphModule:
+        """The backward graph for the tangents that are there, in their layouts."""
+        key = (box.absent, box.strides)
+        if not any(key):
             return self.emitted.backward
-        if absent not in self._partial:
-            self._partial[absent] = without_tangents(self.emitted.backward, absent)
-        return self._partial[absent]
+        if key not in self._derived:
+            if len(self._derived) >= _MOST_DERIVED:
+                self._derived.clear()
+            self._derived[key] = for_tangents(self.emitted.backward, box.absent, dict(box.strides))
+        return self._derived[key]
 
     def __call__(self, primals: Sequence[Tensor]) -> Any:
         joint = self.captured.joint
@@ -160,7 +166,7 @@ class _Compute(torch.autograd.Function):
             ctx.saved_values = None
         differentiated_again = torch.is_grad_enabled()
         with torch.no_grad(), private.disable_autocast():
-            gradients = step.backward(ctx.box.absent).forward(boxed)
+            gradients = step.backward(ctx.box).forward(boxed)
         wanted = [g for g, node in zip(gradients, step.captured.joint.gradients, strict=True) if node is not None]
         if not wanted:
             return (None,) * len(ctx.needs_input_grad)
@@ -227,20 +233,21 @@ class _Expose(torch.autograd.Function):
         by_position = dict(zip(step.emitted.outputs, received, strict=True))
         paired = step.captured.joint.tangents
         ctx.box.absent = frozenset(i for i, (_, position) in enumerate(paired) if by_position[position] is None)
-        tangents = []
+        tangents, strides = [], []
         for index in step.emitted.backward_tangents:
             node, position = paired[index]
-            tangents.append(_tangent(by_position[position], node.meta["val"]))
-        ctx.box.tangents = tangents
+            tangent = by_position[position]
+            tangents.append(tangent)
+            if tangent is not None and not _laid_like(tangent, node.meta["val"]):
+                strides.append((index, tangent.stride()))
+        ctx.box.tangents, ctx.box.strides = tangents, tuple(strides)
         if torch.is_grad_enabled():
             ctx.box.anchors = (ctx.token, *(t for t in received if t is not None and t.requires_grad))
         return ctx.token.new_zeros(0), None, None
 
 
-def _tangent(received: Tensor | None, like: Tensor) -> Tensor | None:
-    """A tangent in the layout that the backward graph was traced with."""
-    if received is None or received.stride() == like.stride():
-        return received
-    fresh = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-    with torch.no_grad():
-        return fresh.copy_(received)
+def _laid_like(received: Tensor, traced: Tensor) -> bool:
+    if received.stride() == traced.stride():
+        return True
+    strides = zip(received.stride(), traced.stride(), traced.shape, strict=True)
+    return traced.numel() == 0 or all(one == other or size == 1 for one, other, size in strides)

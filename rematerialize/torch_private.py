@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import operator
 import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -57,6 +58,7 @@ _KEEP_PYTHON_KERNEL = frozenset(
 disable_autocast = torch._C._DisableAutocast
 tree_flatten = pytree.tree_flatten
 tree_unflatten = pytree.tree_unflatten
+tree_map = pytree.tree_map
 TreeSpec = pytree.TreeSpec
 DeviceType = torch._C._autograd.DeviceType  # what the profiler's events name devices by
 
@@ -139,12 +141,12 @@ def _eager_composites() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _compiling_flag() -> Iterator[None]:
-    """Make ``torch.compiler.is_compiling()`` true, as torch.export does: libraries test it before
+def _compiling_flag(compiling: bool) -> Iterator[None]:
+    """Make ``torch.compiler.is_compiling()`` true, as torch.export does, or leave it: libraries test it before
     data-dependent checks.
     """
     old = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
+    torch.compiler._is_compiling_flag = compiling or old
     try:
         yield
     finally:
@@ -177,13 +179,29 @@ def _plain_checks() -> Iterator[None]:
 LayoutRule = Callable[[Any, Sequence[Any], int, Tensor], Sequence[int] | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A contiguous result of a kernel, on the device of its first argument."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+# For an op, its arguments and keyword arguments: its result, None where the fake kernel is to be asked.
+ResultRule = Callable[[Any, Sequence[Any], Mapping[str, Any]], Result | None]
+
+
 @contextlib.contextmanager
-def real_layouts(strides: LayoutRule) -> Iterator[None]:
-    """Give the results of fake kernels the layouts that the real ones return."""
+def real_layouts(strides: LayoutRule, results: ResultRule) -> Iterator[None]:
+    """Give the results of fake kernels the layouts that the real ones return; ``results`` knows some ops altogether."""
     with _TRACE_LOCK:
         dispatch = FakeTensorMode.dispatch
 
         def laid_out(mode: FakeTensorMode, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            known = results(op, args, kwargs or {})
+            if known is not None:
+                with mode:
+                    return torch.empty(known.shape, dtype=known.dtype, device=args[0].device)
             result = dispatch(mode, op, types, args, kwargs or {})
             if isinstance(result, Tensor):
                 return _laid_out(mode, result, strides(op, args, 0, result))
@@ -206,6 +224,48 @@ def _laid_out(mode: FakeTensorMode, fake: Tensor, strides: Sequence[int] | None)
         return fake
     with mode:
         return torch.empty_strided(fake.shape, strides, dtype=fake.dtype, device=fake.device)
+
+
+# Called in place of an op on fake tensors, with a function that runs it.
+Follower = Callable[[Callable[[], Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@contextlib.contextmanager
+def _followed(follow: Follower) -> Iterator[None]:
+    """Show each call on fake tensors of this thread to ``follow``, which runs or answers it."""
+    dispatch, thread = FakeTensorMode.dispatch, threading.get_ident()
+
+    def followed(mode: FakeTensorMode, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if threading.get_ident() != thread:
+            return dispatch(mode, op, types, args, kwargs)
+        return follow(lambda: dispatch(mode, op, types, args, kwargs), op, tuple(args), kwargs)
+
+    FakeTensorMode.dispatch = followed  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        FakeTensorMode.dispatch = dispatch  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True, slots=True)
+class FakeRules:
+    """What a trace does otherwise than torch's fake kernels, see `real_layouts` and `_followed`."""
+
+    strides: LayoutRule
+    result: ResultRule
+    follow: Follower
+
+
+@contextlib.contextmanager
+def _silent_fakes() -> Iterator[None]:
+    """Keep torch from logging the stack of an error that is told, or that another way to trace gets round."""
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    old, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = old
 
 
 @contextlib.contextmanager
@@ -391,7 +451,11 @@ def _reach(roots: Iterable[tuple[Any, int]]) -> dict[int, int]:
 
 
 def trace_joint(
-    function: Callable[..., Sequence[Tensor]], primals: Sequence[Tensor], strides: LayoutRule
+    function: Callable[..., Sequence[Tensor]],
+    primals: Sequence[Tensor],
+    rules: FakeRules,
+    *,
+    compiling: bool,
 ) -> JointTrace:
     """Trace the functionalized joint forward-backward graph of ``function`` at the ATen level.
 
@@ -401,8 +465,10 @@ def trace_joint(
         Takes the flat primals, returns flat tensors. Called several times, with fake tensors.
     primals : sequence of Tensor
         Distinct tensors; gradients are taken for those that require grad.
-    strides : callable
-        How kernels lay out their results, see `real_layouts`.
+    rules : FakeRules
+        What fake kernels do otherwise than torch's.
+    compiling : bool
+        What ``torch.compiler.is_compiling()`` tells the function.
 
     Raises
     ------
@@ -414,9 +480,11 @@ def trace_joint(
         _TRACE_LOCK,
         contextlib.ExitStack() as stack,
         _eager_composites(),
-        _compiling_flag(),
+        _compiling_flag(compiling),
         _plain_checks(),
-        real_layouts(strides),
+        real_layouts(rules.strides, rules.result),
+        _followed(rules.follow),
+        _silent_fakes(),
         _recorded_sources(),
         _recorded_reach() as reach,
         functorch_config.patch(backward_pass_autocast="off"),

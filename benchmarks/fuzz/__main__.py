@@ -75,6 +75,7 @@ def _simpler(recipe: Recipe) -> list[Recipe]:
     for name in (
         "micro_batches",
         "loss",
+        "arrival",
         "frozen",
         "used",
         "wide",

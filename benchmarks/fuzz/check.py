@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import rematerialize as remat
 from benchmarks.fuzz.pieces import NOISES, RRELUS, STATEFUL, Fuzzed, mean_square
-from benchmarks.fuzz.recipe import Recipe
+from benchmarks.fuzz.recipe import Arrival, Recipe
 from rematerialize import torch_private as private
 from rematerialize.api import choose
 from rematerialize.budget import read_budget
@@ -154,7 +154,7 @@ def _backward(outputs: tuple[Tensor, ...], recipe: Recipe, seen: Seen) -> None:
     used = [out for i, out in enumerate(outputs) if (i == 0 or recipe.used >> i & 1) and out.requires_grad]
     if not used:
         raise ValueError("no output that the loss reads requires grad")
-    losses = [out if out.dim() == 0 else mean_square(_Laid.apply(out)) for out in used]
+    losses = [out if out.dim() == 0 else _loss(out, recipe.arrival) for out in used]
     if recipe.loss != "each":
         losses = [torch.stack([loss.float() for loss in losses]).sum()]
     for index, loss in enumerate(losses):
@@ -162,21 +162,14 @@ def _backward(outputs: tuple[Tensor, ...], recipe: Recipe, seen: Seen) -> None:
         loss.backward(retain_graph=index < len(losses) - 1)
 
 
-class _Laid(torch.autograd.Function):
-    """Gradients come back in the layout of the output: a step is recorded for that one; one of another layout is
-    laid out anew, where eager's reductions take them as they are and round otherwise.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor) -> Tensor:
-        ctx.stride = output.stride() if output.numel() == output.untyped_storage().nbytes() // output.itemsize else None
-        return output.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        if ctx.stride is None or ctx.stride == gradient.stride():
-            return gradient
-        return torch.empty_strided(gradient.shape, ctx.stride, dtype=gradient.dtype).copy_(gradient)
+def _loss(output: Tensor, arrival: Arrival) -> Tensor:
+    """A number whose gradient comes to the output in a layout."""
+    if arrival == "expanded":
+        return output.sum()
+    if arrival == "output":
+        return mean_square(output)
+    turned = mean_square(output.permute(*reversed(range(output.dim()))).contiguous())
+    return turned if arrival == "transposed" else turned + mean_square(output)
 
 
 def _note_model(model: nn.Module, seen: Seen) -> None:

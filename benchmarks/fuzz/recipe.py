@@ -17,6 +17,8 @@ WIDE_SHAPES: dict[Home, tuple[int, ...]] = {"rows": (33, 64), "sequence": (4, 16
 
 Loss = Literal["outside", "inside", "each"]
 LOSSES: tuple[Loss, ...] = ("outside", "inside", "each")
+Arrival = Literal["output", "expanded", "transposed", "both"]
+ARRIVALS: tuple[Arrival, ...] = ("output", "expanded", "transposed", "both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,9 @@ class Recipe:
     loss : str
         "outside" of the module, "inside" (its first output is the loss), or one for "each" output, in turns with
         ``retain_graph``.
+    arrival : str
+        How gradients of outputs are laid out: like the "output", "expanded" from one number, "transposed", or "both":
+        a sum of one like the output and a transposed one.
     frozen : int
         Bit mask over the parameters, repeating every 8: which don't require grad.
     inputs_with_grad : int
@@ -87,6 +92,7 @@ class Recipe:
     outputs: tuple[int, ...] = (0,)
     used: int = 0
     loss: Loss = "outside"
+    arrival: Arrival = "output"
     frozen: int = 0
     inputs_with_grad: int = 0
     micro_batches: int = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from benchmarks.fuzz.pieces import PLAIN, REGIONS
-from benchmarks.fuzz.recipe import HOMES, LOSSES, Piece, Recipe
+from benchmarks.fuzz.recipe import ARRIVALS, HOMES, LOSSES, Piece, Recipe
 
 # Named ones are quick; "auto" takes seconds on these graphs, so it is rare.
 SOLVERS = ("least", "scramble", "descent", "scramble", "sweep", "chain", "rotor", "join", "revolve", "blocks")
@@ -37,6 +37,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
         outputs=st.lists(st.integers(0, 6), max_size=2).map(lambda more: (0, *more)),
         used=st.sampled_from((7, 7, 7, 0, 2, 4)),
         loss=st.sampled_from(LOSSES),
+        arrival=st.sampled_from(ARRIVALS),
         frozen=st.sampled_from((0, 0, 0, 1, 2, 5, 0xAA)),
         inputs_with_grad=st.sampled_from((1, 3, 0, 2, 3)),
         micro_batches=st.sampled_from((1, 1, 2)),

@@ -9,7 +9,7 @@ layout then reads its input in the wrong order. The rules below are those of ATe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,10 +38,22 @@ def kernel_strides(op: Any, args: Sequence[Any], index: int, result: Tensor) -> 
     return None if same or not result.numel() else found
 
 
+def kernel_result(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> private.Result | None:
+    """Return what an op's kernel makes of its arguments, where the fake kernel refuses what the real one takes."""
+    if op is not aten._grouped_mm.default or args[0].device.type != "cpu":
+        return None
+    left, right = args[0], args[1]  # of three dimensions: a group each; two flat ones are contracted within groups
+    offsets: Any = args[2] if len(args) > 2 else kwargs.get("offs")
+    dtype = args[4] if len(args) > 4 else kwargs.get("out_dtype")
+    groups = [] if left.dim() + right.dim() == 5 else [offsets.numel() if left.dim() == 2 else left.shape[0]]
+    shape = (*groups, left.shape[-2], right.shape[-1])
+    return private.Result(shape, dtype or left.dtype)
+
+
 @contextlib.contextmanager
 def faking(mode: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
     """Run kernels in a fake mode, with the layouts that the real ones return."""
-    with private.real_layouts(kernel_strides), mode:
+    with private.real_layouts(kernel_strides, kernel_result), mode:
         yield
 
 

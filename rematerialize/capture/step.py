@@ -7,8 +7,6 @@ runtime can put it back around the rewritten graph.
 
 from __future__ import annotations
 
-import os
-import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +17,17 @@ from torch import Tensor, nn
 
 from rematerialize import torch_private as private
 from rematerialize.capture.decompose import splitting_recurrences
+from rematerialize.capture.explain import explain
 from rematerialize.capture.generators import (
     own_generators,
     refuse_seeding,
     resolve_generators,
     unseeded_generators,
 )
-from rematerialize.capture.kernel_layouts import kernel_strides
+from rematerialize.capture.kernel_layouts import kernel_result, kernel_strides
+from rematerialize.capture.known_values import KnownValues
 from rematerialize.capture.purity import FunctionCaches, Settled, kept_whole, unchanged_python
-from rematerialize.capture.refusals import library_folder, refuse_sparse_primals, refuse_unplannable, way_round
+from rematerialize.capture.refusals import refuse_sparse_primals, refuse_unplannable
 from rematerialize.errors import CaptureError
 from rematerialize.python_state import PythonState, changed, python_state
 
@@ -159,7 +159,6 @@ def capture(
         that the package doesn't handle), or needs no gradient. It names the user's line.
     """
     slots = tensor_slots(model)
-    recorder = _Recorder(model, forward, inputs, slots, splitting_recurrences(split_recurrences))
     primals = [slot.read() for slot in slots]
     known = {id(tensor) for tensor in primals}
     if any(id(tensor) in known for tensor in inputs.tensors):
@@ -172,17 +171,17 @@ def capture(
             "no parameter and no input requires grad, so there is no backward to plan: "
             "call requires_grad_() on what should train"
         )
+    # First the way that eager goes. Libraries that know of compilers have another one, without looks at values: it
+    # costs memory and rounding (a whole mask in place of "causal"), but it can be traced where eager's can't.
     try:
-        with kept_whole(model):
-            joint = private.trace_joint(recorder, primals, kernel_strides)
-        resolve_generators(joint, recorder.generators)
-        refuse_unplannable(joint, names)
-    except CaptureError:
-        raise
-    except private.UnsupportedTraceError as error:
-        raise CaptureError(f"can't capture this forward: {error}") from error
-    except Exception as error:
-        raise _explain(error, recorder) from error
+        recorder, joint = _traced(model, forward, inputs, slots, primals, split_recurrences, compiling=False)
+    except _NotTracedError:
+        try:
+            recorder, joint = _traced(model, forward, inputs, slots, primals, split_recurrences, compiling=True)
+        except _NotTracedError as error:
+            raise error.told from error.__cause__
+    resolve_generators(joint, recorder.generators)
+    refuse_unplannable(joint, names)
     if recorder.structure is None:
         raise CaptureError("the forward was never called during the trace; report this as a bug")
     if not split_recurrences:
@@ -190,6 +189,37 @@ def capture(
     leaves, spec = recorder.structure
     splittable = recorder.recurrences.found and not split_recurrences
     return CapturedStep(joint, slots, leaves, spec, splittable)
+
+
+class _NotTracedError(Exception):
+    """Torch or the forward raised during a trace; ``told`` says so to the user."""
+
+    def __init__(self, told: CaptureError) -> None:
+        super().__init__(str(told))
+        self.told = told
+
+
+def _traced(
+    model: nn.Module,
+    forward: Callable[..., Any],
+    inputs: FlatInputs,
+    slots: tuple[TensorSlot, ...],
+    primals: Sequence[Tensor],
+    split_recurrences: bool,
+    *,
+    compiling: bool,
+) -> tuple[_Recorder, private.JointTrace]:
+    recorder = _Recorder(model, forward, inputs, slots, splitting_recurrences(split_recurrences))
+    try:
+        with kept_whole(model):
+            rules = private.FakeRules(kernel_strides, kernel_result, KnownValues())
+            return recorder, private.trace_joint(recorder, primals, rules, compiling=compiling)
+    except CaptureError:
+        raise
+    except private.UnsupportedTraceError as error:
+        raise CaptureError(f"can't capture this forward: {error}") from error
+    except Exception as error:
+        raise _NotTracedError(explain(error, in_backward=recorder.in_backward)) from error
 
 
 class _Recorder:
@@ -341,54 +371,3 @@ def _tell_of_hooks(model: nn.Module) -> None:
                 stacklevel=2,
             )
             return
-
-
-_DATA_DEPENDENT = ("DataDependentOutputException", "GuardOnDataDependentSymNode", "DynamicOutputShapeException")
-
-
-def _explain(error: Exception, recorder: _Recorder) -> CaptureError:
-    """One sentence for whatever the trace raised: what, where in the user's code, what to do."""
-    where = _user_frame(error)
-    place = f" at {where}" if where else ""
-    name = type(error).__name__
-    text = " ".join(str(error).split())
-    if name in _DATA_DEPENDENT:
-        return CaptureError(
-            f"the forward depends on the values of its tensors{place} (control flow or a shape that is known "
-            f"only at run time: {text[:120]}): {way_round(text, _files(error))}"
-        )
-    if "convert all Tensors to FakeTensors" in text or "Unexpected fake" in text:
-        return CaptureError(
-            f"the forward uses a tensor that is neither a parameter, a buffer, an attribute of a module nor an input"
-            f"{place}: keep it with register_buffer, or pass it as an argument"
-        )
-    stage = "backward" if recorder.in_backward else "forward"
-    return CaptureError(f"the model's {stage} raised {name}{place} during capture: {text[:300]}")
-
-
-def _user_frame(error: BaseException) -> str:
-    """The innermost frame outside torch and this package, as "file.py:12 in forward: source line".
-
-    Where the user's own line called a library, both are named.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        frames = [f for f in traceback.extract_tb(seen.__traceback__) if private.is_users(f.filename)]
-        inside = [f for f in frames if f.name not in ("<module>",) and not f.filename.startswith("<")]
-        if inside:
-            own = [frame for frame in inside if not library_folder(frame.filename)]
-            frame, last = (own or inside)[-1], inside[-1]
-            within = "" if frame is last else f" (inside, {os.path.basename(last.filename)}:{last.lineno}: {last.line})"
-            return f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}: {frame.line}{within}"
-        seen = seen.__cause__ or seen.__context__
-    return ""
-
-
-def _files(error: BaseException) -> list[str]:
-    """Every file that the error passed through, with "/" between folders."""
-    found: list[str] = []
-    seen: BaseException | None = error
-    while seen is not None:
-        found += [frame.filename.replace(os.sep, "/") for frame in traceback.extract_tb(seen.__traceback__)]
-        seen = seen.__cause__ or seen.__context__
-    return found

@@ -1,0 +1,60 @@
+"""One sentence for whatever a trace raised: what, where in the user's code, and what to do."""
+
+from __future__ import annotations
+
+import os
+import traceback
+
+from rematerialize import torch_private as private
+from rematerialize.capture.refusals import library_folder, way_round
+from rematerialize.errors import CaptureError
+
+_DATA_DEPENDENT = ("DataDependentOutputException", "GuardOnDataDependentSymNode", "DynamicOutputShapeException")
+
+
+def explain(error: Exception, *, in_backward: bool) -> CaptureError:
+    """One sentence for whatever the trace raised: what, where in the user's code, what to do."""
+    where = _user_frame(error)
+    place = f" at {where}" if where else ""
+    name = type(error).__name__
+    text = " ".join(str(error).split())
+    if name in _DATA_DEPENDENT:
+        return CaptureError(
+            f"the forward depends on the values of its tensors{place} (control flow or a shape that is known "
+            f"only at run time: {text[:120]}): {way_round(text, _files(error))}"
+        )
+    if "convert all Tensors to FakeTensors" in text or "Unexpected fake" in text:
+        return CaptureError(
+            f"the forward uses a tensor that is neither a parameter, a buffer, an attribute of a module nor an input"
+            f"{place}: keep it with register_buffer, or pass it as an argument"
+        )
+    stage = "backward" if in_backward else "forward"
+    return CaptureError(f"the model's {stage} raised {name}{place} during capture: {text[:300]}")
+
+
+def _user_frame(error: BaseException) -> str:
+    """The innermost frame outside torch and this package, as "file.py:12 in forward: source line".
+
+    Where the user's own line called a library, both are named.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        frames = [f for f in traceback.extract_tb(seen.__traceback__) if private.is_users(f.filename)]
+        inside = [f for f in frames if f.name not in ("<module>",) and not f.filename.startswith("<")]
+        if inside:
+            own = [frame for frame in inside if not library_folder(frame.filename)]
+            frame, last = (own or inside)[-1], inside[-1]
+            within = "" if frame is last else f" (inside, {os.path.basename(last.filename)}:{last.lineno}: {last.line})"
+            return f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}: {frame.line}{within}"
+        seen = seen.__cause__ or seen.__context__
+    return ""
+
+
+def _files(error: BaseException) -> list[str]:
+    """Every file that the error passed through, with "/" between folders."""
+    found: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None:
+        found += [frame.filename.replace(os.sep, "/") for frame in traceback.extract_tb(seen.__traceback__)]
+        seen = seen.__cause__ or seen.__context__
+    return found
