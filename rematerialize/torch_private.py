@@ -44,6 +44,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.fx.graph import CodeGen
 from torch.fx.node import _side_effectful_functions
+from torch.library import Library
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -315,6 +316,55 @@ def _functionalized_op() -> str:
 def generator_key(generator: torch.Generator) -> int:
     """Identity of a generator: the trace hands out Python objects of its own for it."""
     return int(generator._cdata)  # type: ignore[attr-defined]
+
+
+# For a tensor that autocast casts, and the dtype: what it is cast to, None to cast it as ever.
+Caster = Callable[[Tensor, torch.dtype], Tensor | None]
+
+
+def cast_under_autograd(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast's kernels call on an argument."""
+    cast: Tensor = torch.ops.aten.to.dtype.decompose(tensor, dtype)
+    return cast
+
+
+@contextlib.contextmanager
+def autocast_casts(cast: Caster, forget: Callable[[], None], *, enabled: bool) -> Iterator[None]:
+    """Ask ``cast`` where autocast casts an argument in this thread, and call ``forget`` where its outermost region
+    ends.
+
+    ``enabled`` is what ``torch.is_autocast_cache_enabled()`` tells meanwhile, which a trace switches off.
+    """
+    thread, clear, old = threading.get_ident(), torch.clear_autocast_cache, torch.is_autocast_cache_enabled()
+
+    def to(tensor: Tensor, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Tensor:
+        if threading.get_ident() == thread and any(map(_excluded, _AUTOCAST_KEYS)):
+            found = cast(tensor, dtype)
+            if found is not None:
+                return found
+        result: Tensor = torch.ops.aten.to.dtype.decompose(tensor, dtype, *args, **kwargs)
+        return result
+
+    def cleared() -> None:
+        clear()
+        if threading.get_ident() == thread:
+            forget()
+
+    library = Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    torch.set_autocast_cache_enabled(enabled)
+    torch.clear_autocast_cache = cleared
+    try:
+        for key in ("AutogradCPU", "AutogradCUDA"):
+            library.impl("to.dtype", to, key)  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        torch.clear_autocast_cache = clear
+        torch.set_autocast_cache_enabled(old)
+        library._destroy()  # type: ignore[no-untyped-call]
+
+
+_AUTOCAST_KEYS = (DispatchKey.AutocastCPU, DispatchKey.AutocastCUDA)
+_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 
 
 def outside_of_modes() -> contextlib.AbstractContextManager[Any]:

@@ -186,13 +186,18 @@ def _differences(expected: Seen, found: Seen, rounding: float = 0.0) -> Iterator
             if left is not right:
                 yield f"{name} is {'absent' if right is None else 'there'}"
             continue
-        if (left.dtype, left.shape, left.stride()) != (right.dtype, right.shape, right.stride()):
+        if (left.dtype, left.shape, _strides(left)) != (right.dtype, right.shape, _strides(right)):
             yield f"{name} is {_layout(right)}, not {_layout(left)}"
         elif not torch.equal(_bits(left), _bits(right)):
             far = (left.double() - right.double()).abs().max().item()
             if left.is_floating_point() and far <= rounding * max(1.0, left.double().abs().max().item()):
                 continue
             yield f"{name} by {far:.2g}"
+
+
+def _strides(value: Tensor) -> tuple[int, ...]:
+    """Of a dimension of one element, nothing."""
+    return tuple(0 if size <= 1 else stride for stride, size in zip(value.stride(), value.shape, strict=True))
 
 
 def _layout(value: Tensor) -> str:

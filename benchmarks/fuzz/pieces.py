@@ -625,9 +625,7 @@ def _(f: Frame, p: Piece, region: Any) -> Tensor:
 
 @piece("autocast")
 def _(f: Frame, p: Piece, region: Any) -> Tensor:
-    # Known and open: a trace casts a weight anew for each use, where eager's cache casts it once and adds the gradients
-    # of its uses in bfloat16. Without the cache both round alike.
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=p.k % 5 != 4, cache_enabled=False):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=p.k % 5 != 4):
         return inner(f, region, f.home(p.a)).float()
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rematerialize import torch_private as private
+from rematerialize.capture.autocast import WeightCasts
 from rematerialize.capture.decompose import splitting_recurrences
 from rematerialize.capture.explain import explain
 from rematerialize.capture.generators import (
@@ -244,6 +245,7 @@ class _Recorder:
         self.homes = _homes(model, slots)
         self.structure: tuple[tuple[Any, ...], private.TreeSpec] | None = None
         self.in_backward = False
+        self.casts = WeightCasts([*(slot.read() for slot in slots), *inputs.tensors])
         self.state: PythonState | None = None
 
     def __call__(self, *flat: Tensor) -> Sequence[Tensor]:
@@ -256,6 +258,7 @@ class _Recorder:
                 unchanged_python(self.model, self.caches, self.settled),
                 unseeded_generators(self.generators),
                 private.spied_default_generator(refuse_seeding),
+                self.casts.of_call(flat),
             ):
                 output = self.forward(*args, **kwargs)
             if self.settled.values and self.settled.calls > 1 and self.recurrences.called != previous:
