@@ -20,7 +20,7 @@ from rematerialize.capture.aliasing import phase_of, tensors_of
 from rematerialize.capture.step import CapturedStep
 from rematerialize.emit import EmittedStep
 from rematerialize.errors import RematerializeError
-from rematerialize.partial import for_tangents
+from rematerialize.tangents import for_tangents
 
 _TWICE = (
     "Trying to backward through the graph a second time: the rematerialized step freed its saved tensors during "

@@ -330,20 +330,33 @@ def cast_under_autograd(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def autocast_casts(cast: Caster, forget: Callable[[], None], *, enabled: bool) -> Iterator[None]:
-    """Ask ``cast`` where autocast casts an argument in this thread, and call ``forget`` where its outermost region
-    ends.
+    """Ask ``cast`` where autocast casts an argument in this thread; call ``forget`` where its outermost region ends.
 
     ``enabled`` is what ``torch.is_autocast_cache_enabled()`` tells meanwhile, which a trace switches off.
     """
-    thread, clear, old = threading.get_ident(), torch.clear_autocast_cache, torch.is_autocast_cache_enabled()
+    thread, clear, switch, old = (
+        threading.get_ident(),
+        torch.clear_autocast_cache,
+        torch.set_autocast_enabled,
+        torch.is_autocast_cache_enabled(),
+    )
+    on = {device: torch.is_autocast_enabled(device) for device in _AUTOCAST_KEYS}
 
     def to(tensor: Tensor, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Tensor:
-        if threading.get_ident() == thread and any(map(_excluded, _AUTOCAST_KEYS)):
+        # Autocast's own kernels exclude its key; that alone is so wherever it is off, too.
+        device = tensor.device.type
+        if threading.get_ident() == thread and on.get(device) and _excluded(_AUTOCAST_KEYS[device]):
             found = cast(tensor, dtype)
             if found is not None:
                 return found
         result: Tensor = torch.ops.aten.to.dtype.decompose(tensor, dtype, *args, **kwargs)
         return result
+
+    def switched(*args: Any) -> None:
+        switch(*args)
+        if threading.get_ident() == thread:
+            device, now = args if len(args) == 2 else ("cuda", *args)
+            on[device] = now
 
     def cleared() -> None:
         clear()
@@ -352,18 +365,18 @@ def autocast_casts(cast: Caster, forget: Callable[[], None], *, enabled: bool) -
 
     library = Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     torch.set_autocast_cache_enabled(enabled)
-    torch.clear_autocast_cache = cleared
+    torch.clear_autocast_cache, torch.set_autocast_enabled = cleared, switched  # type: ignore[assignment]
     try:
         for key in ("AutogradCPU", "AutogradCUDA"):
             library.impl("to.dtype", to, key)  # type: ignore[no-untyped-call]
         yield
     finally:
-        torch.clear_autocast_cache = clear
+        torch.clear_autocast_cache, torch.set_autocast_enabled = clear, switch
         torch.set_autocast_cache_enabled(old)
         library._destroy()  # type: ignore[no-untyped-call]
 
 
-_AUTOCAST_KEYS = (DispatchKey.AutocastCPU, DispatchKey.AutocastCUDA)
+_AUTOCAST_KEYS = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
 _excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 
 

@@ -32,7 +32,7 @@ LAYERS = {
     "cost": 5,
     "cost_cache": 5,
     "emit": 5,
-    "partial": 5,
+    "tangents": 5,
     "report/": 5,
     "measure": 6,
     "runtime": 6,

@@ -44,9 +44,6 @@ AUTOCAST = ("gpt", "resnet50")
 # Models whose captured graph rounds otherwise than eager, and why.
 ROUNDS_OTHERWISE: dict[str, str] = {
     "lstm": "the recurrence is split into spans of time, whose weight gradients add up in another order",
-    "llama": "the captured attention with grouped keys and values rounds otherwise",
-    "mixtral": "the captured attention with grouped keys and values rounds otherwise",
-    "mamba": "the captured scan rounds otherwise",
 }
 # What can't pass yet, and why. None of the first group may stand here.
 EXPECTED_FAILURES: dict[str, str] = {}

@@ -6,13 +6,7 @@ from benchmarks.captures.case import Case
 from rematerialize.zoo import MODELS
 from rematerialize.zoo.spec import Made, ModelSpec
 
-_GROUPED = "the captured attention with grouped keys and values rounds otherwise"
-ROUNDS = {
-    "lstm": "split over time below about half of the peak: weight gradients add up in another order",
-    "llama": _GROUPED,
-    "mixtral": _GROUPED,
-    "mamba": "the captured scan rounds otherwise",
-}
+ROUNDS = {"lstm": "split over time below about half of the peak: weight gradients add up in another order"}
 
 
 def _case(spec: ModelSpec) -> Case:

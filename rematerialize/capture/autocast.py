@@ -34,7 +34,7 @@ class WeightCasts:
         found: dict[tuple[int, torch.dtype], Tensor] = {}
 
         def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
-            if id(tensor) not in weights or not torch.is_autocast_cache_enabled():
+            if id(tensor) not in weights or not (torch.is_autocast_cache_enabled() and torch.is_grad_enabled()):
                 return None
             if dtype != torch.get_autocast_dtype(tensor.device.type):
                 return None

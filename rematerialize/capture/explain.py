@@ -28,6 +28,11 @@ def explain(error: Exception, *, in_backward: bool) -> CaptureError:
             f"the forward uses a tensor that is neither a parameter, a buffer, an attribute of a module nor an input"
             f"{place}: keep it with register_buffer, or pass it as an argument"
         )
+    if "as_strided() is non-compositional" in text:
+        return CaptureError(
+            f"the forward changes a view in place that as_strided made of another view{place}, which a trace can't "
+            "follow: change a clone() of it, or take the view with narrow, select, view or transpose"
+        )
     stage = "backward" if in_backward else "forward"
     return CaptureError(f"the model's {stage} raised {name}{place} during capture: {text[:300]}")
 
