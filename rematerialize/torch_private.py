@@ -288,8 +288,10 @@ def _recorded_sources() -> Iterator[None]:
             node.meta["module"] = module
         if not torch.is_grad_enabled():
             node.meta["no_grad"] = True
-        name = getattr(getattr(node.target, "_schema", None), "name", "")
-        if name and _functionalized_op() == f"{name}_":
+        schema = getattr(node.target, "_schema", None)
+        # transpose_ and its like change no values: what they return is a view, laid out as it says.
+        views = schema is not None and any(item.alias_info for item in schema.returns)
+        if schema is not None and not views and _functionalized_op() == f"{schema.name}_":
             node.meta["in_place"] = True
         return node
 
