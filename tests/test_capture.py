@@ -369,6 +369,31 @@ def test_an_lstm_whole_is_eagers_bit_for_bit_and_in_spans_of_time_up_to_rounding
         del model.forward
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_lstm_in_spans_of_time_drops_what_eager_drops(batch_first: bool, layers: int) -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(16, 24, num_layers=layers, dropout=0.5 if layers > 1 else 0.0, batch_first=batch_first)
+            self.out = nn.Linear(24, 8)
+
+        def forward(self, x: Tensor) -> Any:
+            return F.dropout(self.out(self.rnn(x)[0]), 0.3)
+
+    eager, ours = twins(Dropping)
+    x = rows(40 * 50, 16).reshape(40, 50, 16)
+    whole = prepared(ours, x)
+    assert whole.finer is not None
+    run_by(ours, whole.finer.build(whole.finer.planner.solve(whole.finer.planner.minimum())))
+    expected, found = step_of(eager, x), step_of(ours, x)
+    torch.testing.assert_close(found.outputs, expected.outputs, rtol=0.0, atol=1e-6)
+    assert found.outputs[0].stride() == expected.outputs[0].stride()
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.generator, expected.generator)
+
+
 def test_an_lstm_that_is_planned_whole_is_eagers_bit_for_bit() -> None:
     eager, ours = twins(LSTM)
     remat.wrap(ours, activation_budget="100%")

@@ -72,10 +72,12 @@ def _lstm_in_chunks(
     """``torch.lstm`` over chunks of time; each chunk passes through all layers before the next one starts.
 
     So the backward, too, finishes a chunk before it needs the one before: no layer's outputs or gradients are needed
-    over the whole sequence. Dropout between the layers draws for whole sequences in eager: then layer by layer.
+    over the whole sequence. Dropout between the layers draws for whole sequences in eager: then layer by layer, and as
+    in eager's kernels with time first, whatever the order of the inputs: its draws go over memory.
     """
-    time_dim = 1 if batch_first else 0
-    steps = inputs.shape[time_dim]
+    if batch_first:
+        inputs = inputs.transpose(0, 1)
+    steps = inputs.shape[0]
     chunk = math.ceil(_CHUNK_OF_SQRT * math.sqrt(steps))
     per_layer = len(weights) // num_layers
     groups = [range(num_layers)] if not (dropout > 0 and train) else [[layer] for layer in range(num_layers)]
@@ -83,14 +85,14 @@ def _lstm_in_chunks(
     c = [hx[1][layer : layer + 1] for layer in range(num_layers)]
     for number, group in enumerate(groups):
         pieces = []
-        for piece in torch.split(inputs, chunk, time_dim):
+        for piece in torch.split(inputs, chunk):
             for layer in group:
                 own = list(weights[layer * per_layer : (layer + 1) * per_layer])
                 piece, h[layer], c[layer] = torch.lstm(
-                    piece, (h[layer], c[layer]), own, has_biases, 1, 0.0, train, bidirectional, batch_first
+                    piece, (h[layer], c[layer]), own, has_biases, 1, 0.0, train, bidirectional, False
                 )
             pieces.append(piece)
-        inputs = torch.cat(pieces, time_dim)
+        inputs = torch.cat(pieces)
         if number < len(groups) - 1:
             inputs = torch.dropout(inputs, dropout, train)
-    return inputs, torch.cat(h), torch.cat(c)
+    return inputs.transpose(0, 1) if batch_first else inputs, torch.cat(h), torch.cat(c)
