@@ -16,8 +16,8 @@ from torch import nn
 
 from rematerialize.budget import BudgetRequest, free_bytes, read_budget
 from rematerialize.capture import FlatInputs
-from rematerialize.errors import BudgetError, RematerializeError
-from rematerialize.plans import Plan, below_minimum
+from rematerialize.errors import BudgetError, RematerializeError, did_you_mean
+from rematerialize.plans import Plan, Scope, below_minimum
 from rematerialize.prepare import (
     PreparedStep,
     PrepareOptions,
@@ -31,6 +31,7 @@ from rematerialize.prepare import (
 )
 from rematerialize.runtime import TrainingStep
 from rematerialize.signature import signature
+from rematerialize.solve import solvers
 from rematerialize.wrapper import RematerializedForward
 
 __all__ = ["Plan", "frontier", "plan", "unwrap", "wrap"]
@@ -96,6 +97,8 @@ def plan(
         For arguments that can't be read or used.
     """
     tell = progress or (lambda stage, done, total: None)
+    _check_solver(solver)
+    _check_scope(activation_budget, reserve, optimizer)
     request = read_budget(budget, activation_budget, reserve, optimizer, check_model(model))
     prepared = prepare_example(
         model,
@@ -112,29 +115,51 @@ def plan(
     return made
 
 
-def choose(model: nn.Module, prepared: PreparedStep, request: BudgetRequest) -> Plan:
-    """The plan for a prepared step under a requested budget; raises BudgetError in the request's scope."""
+def _check_solver(solver: str) -> None:
+    known = ["auto", *solvers()]
+    if solver not in known:
+        raise RematerializeError(
+            f"unknown solver {solver!r}: expected one of {', '.join(known)}{did_you_mean(solver, known)}"
+        )
+
+
+def _check_scope(activation_budget: object, reserve: object, optimizer: object) -> None:
+    if activation_budget is not None and (reserve or optimizer is not None):
+        raise RematerializeError(
+            "reserve and optimizer are parts of budget=, which counts everything; activation_budget= is for what a "
+            "step allocates, so leave them out"
+        )
+
+
+def choose(model: nn.Module, prepared: PreparedStep, request: BudgetRequest, *, search: bool = True) -> Plan:
+    """The plan for a prepared step under a requested budget; raises BudgetError in the request's scope.
+
+    Without ``search``, none where storing everything fits: the plan finds the smallest budget when it is asked.
+    """
     start = time.perf_counter()
     store_all = prepared.planner.store_all()
-    minimum = prepared.minimum()
     whole = prepared.device_bytes
     if request.is_auto and not prepared.analytic:
         whole = free_bytes(home_of(model)) + prepared.resident_bytes
     asked = request.activation_bytes(store_all.peak_bytes, prepared.resident_bytes, whole)
+    fits = not search and asked >= store_all.peak_bytes
+    minimum = None if fits else prepared.minimum()
     try:
-        variant, schedule = prepared.solve(asked)
-    except BudgetError:
+        variant, schedule = (prepared, store_all) if fits else prepared.solve(asked)
+    except BudgetError as error:
+        least, besides = minimum or error.minimum_bytes, prepared.resident_bytes + request.reserve_bytes
         if request.activation_budget is not None:
-            raise below_minimum(asked, minimum, "an activation budget") from None
-        besides = prepared.resident_bytes + request.reserve_bytes
-        raise below_minimum(asked + besides, minimum + besides, "a budget") from None
+            scope = Scope("an activation budget", str(request.activation_budget), store_all.peak_bytes, "store-all's")
+            raise below_minimum(asked, least, scope) from None
+        scope = Scope("a budget", str(request.budget), whole, "the device's memory")
+        raise below_minimum(asked + besides, least + besides, scope) from None
     return Plan(
         graph=variant.graph,
         schedule=schedule,
         budget_bytes=asked,
         store_all_peak_bytes=store_all.peak_bytes,
         store_all_time_s=store_all.time_s,
-        minimum_bytes=minimum,
+        searched_minimum_bytes=minimum,
         resident_bytes=prepared.resident_bytes,
         plan_s=time.perf_counter() - start,
         prepared=variant,
@@ -228,6 +253,8 @@ def wrap(
     if plan is not None and (budget is not None or activation_budget is not None):
         raise RematerializeError("got both a plan and a budget: the plan has its own")
     checked = check_model(model, device)
+    _check_solver(solver)
+    _check_scope(activation_budget, reserve, optimizer)
     if plan is None:
         request = read_budget(budget, activation_budget, reserve, optimizer, checked)
     else:
@@ -249,6 +276,7 @@ class _planned:
         self.time_limit_s = time_limit_s
         self.prepared = None if given is None else given.prepared
         self.held_then = 0
+        self.granted_bytes = 0  # the most that a plan of a share of store-all's was given
 
     def held_bytes(self, model: nn.Module, inputs: FlatInputs) -> int:
         """Gradients in memory count under a budget; an activation budget is for what the step adds to them."""
@@ -265,9 +293,26 @@ class _planned:
         if self.given is not None:
             return self.given, matching_variant(prepared, self.given.graph).build(self.given.schedule)
         resident = prepared.resident_bytes + held - self.held_then
-        made = choose(model, replace(prepared, resident_bytes=resident), self.request)
+        request = self._request_for(prepared)
+        made = choose(model, replace(prepared, resident_bytes=resident), request, search=False)
+        if self._is_share:
+            self.granted_bytes = max(self.granted_bytes, made.budget_bytes)
         assert made.prepared is not None
         return made, made.prepared.build(made.schedule)
+
+    @property
+    def _is_share(self) -> bool:
+        given = self.request.activation_budget
+        return given is not None and given.fraction is not None
+
+    def _request_for(self, prepared: PreparedStep) -> BudgetRequest:
+        """A share of store-all's bytes is never less than what another signature got: a last smaller batch may use
+        the memory that those before it used, and needs not recompute more than they do.
+        """
+        if not self._is_share:
+            return self.request
+        share_bytes = self.request.activation_bytes(prepared.planner.store_all().peak_bytes, 0, 0)
+        return read_budget(None, self.granted_bytes) if share_bytes < self.granted_bytes else self.request
 
     def __getstate__(self) -> dict[str, Any]:
         """A prepared step holds code for this process: a copy captures again."""

@@ -47,8 +47,8 @@ class Plan:
         Peak of the step when nothing is recomputed.
     store_all_time_s : float
         Predicted time of that step.
-    minimum_bytes : int
-        The smallest budget that works.
+    searched_minimum_bytes : int or None
+        The smallest budget that works, where it was searched for; `minimum_bytes` always knows it.
     resident_bytes : int
         What the step finds in memory: parameters, buffers, inputs, existing gradients.
     plan_s : float
@@ -60,10 +60,17 @@ class Plan:
     budget_bytes: int
     store_all_peak_bytes: int
     store_all_time_s: float
-    minimum_bytes: int
+    searched_minimum_bytes: int | None = field(repr=False)
     resident_bytes: int
     plan_s: float = 0.0
     prepared: PreparedStep | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The smallest budget that works; searched for when it is first asked, where `wrap` didn't need it."""
+        if self.searched_minimum_bytes is not None:
+            return self.searched_minimum_bytes
+        return self.store_all_peak_bytes if self.prepared is None else self.prepared.minimum()
 
     @property
     def peak_bytes(self) -> int:
@@ -210,6 +217,7 @@ class Plan:
                 f"{path}: its schedule needs {result.peak_bytes} bytes by replay, the file says "
                 f"{schedule.peak_bytes} under a budget of {numbers['budget_bytes']}; make a new plan"
             )
+        numbers["searched_minimum_bytes"] = numbers.pop("minimum_bytes")
         return cls(graph=graph, schedule=schedule, **numbers)
 
 
@@ -237,10 +245,24 @@ def _read(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def below_minimum(asked: int, minimum: int, scope: str) -> BudgetError:
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a budget is of: its name in messages, what the user gave, and the whole of which that may be a share."""
+
+    name: str
+    given: str
+    whole_bytes: int
+    whole: str
+
+
+def below_minimum(asked: int, minimum: int, scope: Scope) -> BudgetError:
     """The planner's refusal, in the scope in which the user gave the budget."""
+    share, least = "", ""
+    if scope.given.endswith("%"):
+        share = f" ({scope.given} of {scope.whole})"
+        least = f", {format_percent(minimum / max(scope.whole_bytes, 1))} of {scope.whole}"
     return BudgetError(
-        f"no plan fits {scope} of {asked} bytes: the smallest that works is {minimum} bytes "
-        f"({format_bytes(minimum)}); raise the budget or make the batch smaller",
+        f"no plan fits {scope.name} of {asked} bytes{share}: the smallest that works is {minimum} bytes "
+        f"({format_bytes(minimum)}{least}); raise the budget or make the batch smaller",
         minimum_bytes=minimum,
     )

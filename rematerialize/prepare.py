@@ -30,6 +30,7 @@ from rematerialize.capture import (
 )
 from rematerialize.capture.generators import StateMoved
 from rematerialize.capture.lower import KernelCost
+from rematerialize.capture.past import without_past
 from rematerialize.cost import DEVICES, AnalyticCostModel, DeviceSpec
 from rematerialize.cost_cache import CostCache, device_name
 from rematerialize.emit import emit
@@ -332,11 +333,16 @@ def bind_inputs(forward: Callable[..., Any], example_inputs: Any) -> FlatInputs:
         raise CaptureError(f"the example inputs don't match the forward: {error}") from None
     except ValueError:
         pass  # a forward without a readable signature: the trace will tell
-    return flatten_inputs(args, kwargs)
+    return flatten_inputs(args, without_past(forward, args, kwargs))
 
 
 def check_model(model: object, device: str | None = None) -> nn.Module:
     """The checks that need no trace: it is a module, not wrapped, in training mode, on one present device."""
+    if isinstance(model, torch.jit.ScriptModule) or private.is_compiled(model):
+        how = "torch.jit" if isinstance(model, torch.jit.ScriptModule) else "torch.compile"
+        raise RematerializeError(
+            f"this is what {how} made of a model, which runs code of its own: wrap the model itself instead of it"
+        )
     if not isinstance(model, nn.Module):
         what = "its class: create an instance first" if isinstance(model, type) else type(model).__name__
         raise RematerializeError(f"expected an nn.Module (torch.nn.Module instance), got {what}")

@@ -277,7 +277,7 @@ def _as_captured(prepared: PreparedStep) -> Plan:
         budget_bytes=schedule.peak_bytes,
         store_all_peak_bytes=schedule.peak_bytes,
         store_all_time_s=schedule.time_s,
-        minimum_bytes=schedule.peak_bytes,
+        searched_minimum_bytes=schedule.peak_bytes,
         resident_bytes=prepared.resident_bytes,
         plan_s=0.0,
         prepared=prepared,

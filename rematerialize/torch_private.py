@@ -382,6 +382,12 @@ _AUTOCAST_KEYS = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCU
 _excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 
 
+def is_compiled(module: object) -> bool:
+    """Whether torch.compile returned it."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
 def outside_of_modes() -> contextlib.AbstractContextManager[Any]:
     """During a trace: work on real tensors, unseen by it."""
     return _disable_current_modes()

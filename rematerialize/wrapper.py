@@ -16,6 +16,7 @@ from torch import nn
 
 from rematerialize import torch_private as private
 from rematerialize.capture import FlatInputs, flatten_inputs
+from rematerialize.capture.past import without_past
 from rematerialize.plans import Plan
 from rematerialize.python_state import PythonState, changed
 from rematerialize.runtime import TrainingStep, check_surroundings
@@ -60,6 +61,7 @@ class RematerializedForward:
             tuple[tuple[Hashable, PythonState], int], tuple[Plan, TrainingStep, tuple[nn.Module, ...]]
         ] = OrderedDict()
         self._lock = threading.RLock()
+        self._changes = 0  # plans made again for a value of Python that changed
         functools.update_wrapper(self, type(model).forward, updated=())
 
     @property
@@ -82,7 +84,7 @@ class RematerializedForward:
 
     @private.outside_of_dynamo
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = flatten_inputs(args, kwargs)
+        inputs = flatten_inputs(args, without_past(self.original, args, kwargs))
         check_surroundings(itertools.chain(inputs.tensors, self.model.parameters(), self.model.buffers()))
         with self._lock:  # a capture in another thread puts tensors of its own into the model for a while
             step = self.step_for(inputs)
@@ -110,10 +112,7 @@ class RematerializedForward:
                 self._steps.popitem(last=False)
         made = entry[0]
         if before is not None and before[0][0] == key[0][0] and before[1] == key[1]:
-            _log.warning(
-                "planned again because %s changed: a value that changes at every step belongs in a buffer or an input",
-                ", ".join(changed(before[0][1], key[0][1])[:3]),
-            )
+            self._tell_of_change(changed(before[0][1], key[0][1])[:3])
         _log.info(
             "planned a training step: peak %s of %s (store-all %s), overhead %s; %d plans kept",
             format_bytes(made.peak_bytes),
@@ -123,6 +122,19 @@ class RematerializedForward:
             len(self._steps),
         )
         return entry
+
+    def _tell_of_change(self, names: list[str]) -> None:
+        """Once, a value may settle at the first call (a default that a config gets); a second time it moves on."""
+        self._changes += 1
+        if self._changes == 1:
+            _log.info("planned again because %s changed", ", ".join(names))
+            return
+        _log.warning(
+            "rematerialize: planned again because %s changed, for the %d. time: a value that changes at every step "
+            "belongs in a buffer or an input",
+            ", ".join(names),
+            self._changes,
+        )
 
     def restore(self) -> None:
         """Give the model its own forward back."""
@@ -139,4 +151,5 @@ class RematerializedForward:
         vars(self).update(state)
         self._steps = OrderedDict()
         self._lock = threading.RLock()
+        self._changes = 0
         functools.update_wrapper(self, type(self.model).forward, updated=())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,28 @@ def test_no_budget_is_one_too_few(enter: Any) -> None:
 
 
 @either
+def test_an_unknown_solver_is_refused_at_once_with_the_closest_match(enter: Any) -> None:
+    error = refused(remat.RematerializeError, enter, MLP(), inputs(), budget="1GiB", solver="swep")
+    assert "did you mean 'sweep'" in str(error)
+    refused(remat.RematerializeError, remat.wrap, MLP(), budget="1GiB", solver="swep")
+
+
+@either
+@pytest.mark.parametrize("besides", [{"reserve": "1MiB"}, {"optimizer": "adamw"}])
+def test_what_only_a_whole_budget_counts_is_refused_with_an_activation_budget(
+    enter: Any, besides: dict[str, Any]
+) -> None:
+    refused(remat.RematerializeError, enter, MLP(), inputs(), activation_budget="50%", **besides)
+
+
+@either
+def test_a_share_that_is_too_small_is_told_as_a_share(enter: Any) -> None:
+    text = str(refused(remat.BudgetError, enter, MLP(), inputs(), activation_budget="1%"))
+    assert "(1% of store-all's)" in text
+    assert re.search(r"iB, [\d.]+% of store-all's\)", text)
+
+
+@either
 @pytest.mark.parametrize("name", ["budget", "activation_budget"])
 def test_the_minimum_of_the_error_works_and_one_byte_less_does_not(enter: Any, name: str) -> None:
     model = MLP()
@@ -251,6 +274,15 @@ def test_a_part_already_wrapped_is_refused() -> None:
 def test_what_is_no_module_is_refused(enter: Any, what: Any) -> None:
     with pytest.raises((remat.RematerializeError, TypeError), match="Module"):
         enter(what, inputs(), activation_budget="50%")
+
+
+@either
+def test_what_a_compiler_made_of_a_model_is_refused(enter: Any) -> None:
+    with pytest.raises(remat.RematerializeError, match=r"torch\.compile made of a model.*wrap the model itself"):
+        enter(torch.compile(MLP()), inputs(), activation_budget="50%")
+    scripted = torch.jit.script(nn.Linear(4, 4))
+    with pytest.raises(remat.RematerializeError, match=r"torch\.jit made of a model"):
+        enter(scripted, (torch.ones(2, 4),), activation_budget="50%")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

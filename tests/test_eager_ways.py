@@ -264,3 +264,31 @@ class CastWithoutGradient(Shared):
 
 def test_a_weight_that_is_cast_without_gradients_gets_them_later_as_in_eager() -> None:
     check_steps(lambda: CastWithoutGradient(_autocast()), torch.randn(4, SIZE))
+
+
+def test_a_language_model_leaves_the_keys_and_values_of_the_past_out_of_a_step() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    assert config.use_cache
+    torch.manual_seed(0)
+    eager = transformers.LlamaForCausalLM(config)
+    ours, ids = store_all(copy.deepcopy(eager)), torch.randint(32, (2, 8))
+    losses = [model(input_ids=ids, labels=ids).loss for model in (eager, ours)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    for mine, theirs in zip(ours.parameters(), eager.parameters(), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(mine.grad, theirs.grad)
+    assert ours(input_ids=ids, labels=ids).past_key_values is None
+    with pytest.raises(remat.CaptureError, match="returns a DynamicCache"):
+        ours(input_ids=ids, use_cache=True)
+    assert ours.eval()(input_ids=ids).past_key_values is not None

@@ -48,6 +48,14 @@ def test_ops_know_the_innermost_module_and_the_line_in_both_phases() -> None:
     assert by_target["forward", "", "aten.mean.default"].source != forward.source
 
 
+def test_a_convolutions_backward_is_its_own_and_not_the_norms_behind_it() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    found = remat.plan(net, (torch.randn(2, 1, 8, 8),), activation_budget="100%").graph
+    backward = [op for op in found.ops if op.phase == "backward"]
+    assert [op.module for op in backward if "convolution_backward" in op.target] == ["3", "3", "0"]
+    assert [op.module for op in backward if "batch_norm_backward" in op.target] == ["4", "1"]
+
+
 def test_storages_are_labelled_with_names_and_shapes() -> None:
     labels = graph().labels
     assert "blocks.0.linear.weight float32[8, 8]" in labels.values()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import rematerialize as remat
 from rematerialize import api as api_module
 from rematerialize import prepare as prepare_module
+from rematerialize.solve import Planner
 from tests.twins import assert_same_step, plans_of, step_of, store_all, twins
 
 pytestmark = pytest.mark.usefixtures("quick_costs")
@@ -104,6 +105,31 @@ def test_a_signature_that_does_not_fit_is_refused_and_others_still_train() -> No
     assert caught.value.minimum_bytes > small.budget_bytes
     ours(batch(8)).backward()
     assert len(plans_of(ours)) == 1
+
+
+def test_a_smaller_last_batch_may_use_what_a_share_gave_to_those_before_it() -> None:
+    eager, ours = twins(Perceptron)
+    remat.wrap(ours, activation_budget="60%")
+    for rows in (256, 256, 6):  # alone, 6 rows need more than 60% of their own store-all: gradients don't shrink
+        assert_same_step(step_of(eager, batch(rows)), step_of(ours, batch(rows)))
+    large, small = plans_of(ours)
+    assert small.store_all_peak_bytes * 6 // 10 < small.minimum_bytes <= small.budget_bytes == large.budget_bytes
+    assert small.recomputed == 0 < large.recomputed
+
+
+class Perceptron(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(*(layer for _ in range(8) for layer in (nn.Linear(32, 32), nn.GELU(), nn.Tanh())))
+
+
+def test_where_everything_fits_nothing_is_searched_until_the_minimum_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = remat.wrap(MLP(), budget="1GiB")
+    with monkeypatch.context() as patched:
+        patched.setattr(Planner, "_search", lambda self: pytest.fail("a search"))
+        ours(batch()).backward()
+    (plan,) = plans_of(ours)
+    assert plan.recomputed == 0
+    assert plan.minimum_bytes == planned(activation_budget="100%").minimum_bytes < plan.peak_bytes
 
 
 # Budgets. `budget` is everything on the device, `activation_budget` what the step adds.

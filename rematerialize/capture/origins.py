@@ -23,8 +23,8 @@ class Places:
         for node in graph.nodes:
             if node.op == "call_function" and phase_of(node) == "forward" and "seq_nr" in node.meta:
                 place = self._own(node)
-                if any(place):
-                    self._forward[node.meta["seq_nr"]] = place
+                if any(place):  # the first: what runs afterwards without a number of its own has that one, too
+                    self._forward.setdefault(node.meta["seq_nr"], place)
 
     def of(self, node: fx.Node) -> tuple[str, str]:
         """Source line and module name, "" where unknown."""
