@@ -26,6 +26,7 @@ NEAR = (0, 1, 2, 4, 7, 11)  # more levels near the minimum, in percent above it,
 NEARER = (3, 5, 9, 14, 17, 25, 35)  # and on small steps: on large ones plans are too long there to be searched around
 STEEP = 3  # levels at the minimum for which plans from store-all down are tried, too
 TWICE = ("chain", "descent")  # the solvers that plan larger steps in two orders
+MOST_RUNS = 1_000  # per op, on average, of a plan: some tiny steps get lower still by millions of executions
 FINE, COARSE = 0.2, 0.05  # effort of the lower bound, for small steps and others
 ROUNDED = 1 + 1e-12  # the judge may add times up in another order
 Solver = Callable[[Step, Sequence[int]], Iterable[Plan]]
@@ -163,7 +164,8 @@ class Planner:
             if self._late():
                 return
             for plan in solver(step.coarsened(unit) if unit > 1 else step, levels):
-                yield rank, self._mapped(plan, order) if rank else plan
+                if len(plan.order) <= MOST_RUNS * len(self._given.names):
+                    yield rank, self._mapped(plan, order) if rank else plan
                 if self._late():
                     return
 

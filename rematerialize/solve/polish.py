@@ -161,14 +161,16 @@ class Polisher:
             for start in starts(short, level)[: self.effort.starts] or lowest:
                 if self._late():
                     break
-                found = self.at(start, level, work=self.effort.first)
+                found = self.at(start, level, work=self._affordable(self.effort.first, start))
                 if best is None or found.time_s < best.time_s:
                     best = found
             return best
 
         def second(job: tuple[Point, int]) -> Point:
             work = self.effort.second
-            if self.ops <= SMALL and job[1] <= steep:
+            if job[0].length > self.longest:
+                work = self._affordable(work, job[0])
+            elif self.ops <= SMALL and job[1] <= steep:
                 work *= HARDEST if job[1] == ranked[-1] else HARD
                 twice = max(2 * self.ops, 1)  # a round of moves takes in proportion to a plan's length
                 work = work * min(max(job[0].length, twice), 2 * twice) // twice
@@ -198,7 +200,7 @@ class Polisher:
             above, point, level = plans[at - 1], plans[at], levels[at]
             work, seed, lowest = self.effort.second, 20 * turn, at + 1 == len(plans)
             if lowest:
-                work *= HARD
+                work *= HARD if point.length <= self.longest else 1
             elif not self._bulges(plans[at - 1 : at + 2], levels[at - 1 : at + 2], BULGE * plans[0].time_s):
                 return point
             if self._late():
@@ -218,16 +220,25 @@ class Polisher:
 
     def _exchanged(self, plans: Sequence[Point], levels: Sequence[int]) -> list[Point]:
         """Let every level, highest first, try what the levels above and then below it found."""
-        work = self.effort.first
         plans = list(plans)
+
+        def work(at: int) -> int:
+            return self.effort.first if plans[at].length <= self.longest else 0
+
         for at in range(1, len(plans)) if self.descends else ():
             if not self._late():
-                plans[at] = self.better(plans[at], self.down(plans[at - 1], levels[at], work=work))
+                plans[at] = self.better(plans[at], self.down(plans[at - 1], levels[at], work=work(at)))
         for at in range(len(plans) - 2, -1, -1):
             lower = plans[at + 1]
-            if (work or lower.time_s < plans[at].time_s) and not self._late():
-                plans[at] = self.better(plans[at], self.at(lower, levels[at], work=work // 2, seed=3))
+            if (work(at) or lower.time_s < plans[at].time_s) and not self._late():
+                plans[at] = self.better(plans[at], self.at(lower, levels[at], work=work(at) // 2, seed=3))
         return plans
+
+    def _affordable(self, work: int, start: Point) -> int:
+        """Return fewer moves where none but long plans fit: a move takes as long as the plan has executions of an op,
+        and there are more of them in proportion.
+        """
+        return work if start.length <= self.longest else work * self.longest // (2 * start.length)
 
     @staticmethod
     def better(point: Point, other: Point | None) -> Point:

@@ -16,6 +16,7 @@
 
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define FEW 6 /* events of a value that are walked over before the other end is looked at */
 
 static i64 degree(const Graph *g, i64 op) {
     return g->in_ptr[op + 1] - g->in_ptr[op] + g->out_ptr[op + 1] - g->out_ptr[op];
@@ -151,10 +152,20 @@ WIDE i64 most(const Bench *b, i64 start, i64 stop) {
 
 i64 peak(const Bench *b) { return MAX(most(b, 0, b->slots), 0); }
 
-/* Last event of a value before a slot, -1 when there is none. */
+/* Last event of a value before a slot, -1 when there is none: from the end that is nearer, if not near the tail. */
 int32_t last_before(const Bench *b, i64 value, i64 slot) {
     int32_t at = b->tail[value];
-    while (at >= 0 && b->event[at].slot >= slot) at = b->event[at].before;
+    for (int hop = 0; at >= 0 && b->event[at].slot >= slot; hop++) {
+        if (hop == FEW) {
+            int32_t early = b->head[value];
+            if (slot - b->event[early].slot < b->event[at].slot - slot) {
+                int32_t found = -1;
+                for (; b->event[early].slot < slot; early = b->event[early].after) found = early;
+                return found;
+            }
+        }
+        at = b->event[at].before;
+    }
     return at;
 }
 

@@ -2,7 +2,8 @@
 
    Each iteration either deletes a few recomputations near a place and pays for them elsewhere (swap), drops
    values across a place (shake), moves executions (to where their bytes cost least, or at random), or goes a
-   little below the level (oscillation, Glover 1989), then spends what is left over. What isn't better than the threshold (Dueck and Scheuer 1990) is taken back. */
+   little below the level (oscillation, Glover 1989), then spends what is left over. What isn't better than the
+   threshold (Dueck and Scheuer 1990) is taken back. */
 
 #include "kernel.h"
 
