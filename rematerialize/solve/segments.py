@@ -10,7 +10,7 @@ skip is paid for once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rematerialize.solve.reaches import Reaches
@@ -147,7 +147,8 @@ class Segmentation:
         options = [self._option(segment, frozenset(saved), covered)]
         batch = max(len(saved) // BATCHES, 1)
         while saved:
-            ranked = sorted(saved, key=lambda v: self._worth(segment, v, saved))
+            have = {*segment.below, *saved}
+            ranked = sorted(saved, key=lambda v: self._worth(segment, v, have))
             saved = [v for v in saved if v not in ranked[:batch]]
             options.append(self._option(segment, frozenset(saved), covered))
         options = _pareto(options)
@@ -165,14 +166,15 @@ class Segmentation:
                     break
         return frozenset(v for v in found if step.producer[v] < segment.previous)
 
-    def _worth(self, segment: Segment, value: int, saved: Sequence[int]) -> float:
-        have = segment.below | (frozenset(saved) - {value})
+    def _worth(self, segment: Segment, value: int, have: set[int]) -> float:
+        have.remove(value)
         ops = self.closure(segment, [value], have)
+        have.add(value)
         if not all(self.step.recomputable[op] for op in ops):
             return float("inf")
         return self.step.duration_s(ops) / max(self.step.size_bytes[value], 1)
 
-    def closure(self, segment: Segment, values: Iterable[int], have: frozenset[int]) -> list[int]:
+    def closure(self, segment: Segment, values: Iterable[int], have: Collection[int]) -> list[int]:
         """Return the segment's ops that make the values out of what is there, in order."""
         step = self.step
         needed: set[int] = set()
@@ -187,12 +189,12 @@ class Segmentation:
     def _option(self, segment: Segment, saved: frozenset[int], covered: set[int]) -> Option:
         step, size = self.step, self.step.size_bytes
         forward = self.closure(segment, [*segment.above, *saved], segment.below)
-        have = set(segment.below | saved)
+        have = {*segment.below, *saved}
         backward: list[int] = []
         read: set[int] = set()
         for op in segment.backward:
             missing = [v for v in step.inputs[op] if 0 <= step.producer[v] < step.forwards]
-            again = [o for o in self.closure(segment, missing, frozenset(have)) if step.recomputable[o]]
+            again = [o for o in self.closure(segment, missing, have) if step.recomputable[o]]
             for extra in (*again, op):
                 backward.append(extra)
                 read.update(v for v in step.inputs[extra])
