@@ -22,7 +22,7 @@ from rematerialize.errors import (
 from rematerialize.version import __version__
 
 if TYPE_CHECKING:
-    from rematerialize.api import Plan, frontier, plan, unwrap, wrap
+    from rematerialize.api import Plan, frontier, plan, plans_of, unwrap, wrap
     from rematerialize.batches import MaxBatch, max_batch
     from rematerialize.profiling import Profile, profile
 
@@ -42,6 +42,7 @@ __all__ = [
     "frontier",
     "max_batch",
     "plan",
+    "plans_of",
     "profile",
     "unwrap",
     "wrap",
@@ -51,6 +52,7 @@ _HOMES = {
     "Plan": "api",
     "frontier": "api",
     "plan": "api",
+    "plans_of": "api",
     "unwrap": "api",
     "wrap": "api",
     "MaxBatch": "batches",
@@ -70,4 +72,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -34,7 +34,7 @@ from rematerialize.signature import signature
 from rematerialize.solve import solvers
 from rematerialize.wrapper import RematerializedForward
 
-__all__ = ["Plan", "frontier", "plan", "unwrap", "wrap"]
+__all__ = ["Plan", "frontier", "plan", "plans_of", "unwrap", "wrap"]
 
 
 def plan(
@@ -232,14 +232,30 @@ def wrap(
 
     Parameters
     ----------
+    model : nn.Module
+        In training mode.
+    budget : int or str, optional
+        Peak of everything that a step holds on the device: parameters, buffers, gradients, inputs, activations,
+        workspace, ``reserve``, optimizer state. Bytes, "8GiB", "80%" of the device's memory, or "auto" (what is free).
+    activation_budget : int or str, optional
+        Instead: peak of what a step allocates above what was there when it began. Bytes, "2GiB", or "30%" of what
+        storing everything takes.
     example_inputs : tuple or dict, optional
         Plan now for these inputs, rather than at the first training call.
     plan : Plan, optional
         Use this plan (for the signature that it fits) instead of a budget.
+    reserve : int or str
+        Part of ``budget`` that is left free for what the pass can't see: bytes, or a size.
+    optimizer : torch.optim.Optimizer or str, optional
+        Its state is a part of ``budget``, too; a name such as "adamw" means its default options.
+    device : str, optional
+        Where the model is expected to be, "cpu" or "cuda": another place is an error.
+    solver : str
+        A name from ``rematerialize.solve.solvers()``, or "auto" for all of them.
+    time_limit_s : float, optional
+        Seconds after which a search ends with the best that it has found.
     max_plans : int
         How many input signatures to keep plans for; the least recently used goes first.
-
-    The other parameters are those of `plan`.
 
     Raises
     ------
@@ -328,8 +344,31 @@ def unwrap(model: nn.Module) -> nn.Module:
     RematerializeError
         If it isn't wrapped.
     """
+    _forward_of(model, "there is nothing to unwrap").restore()
+    return model
+
+
+def plans_of(model: nn.Module) -> tuple[Plan, ...]:
+    """The plans that a wrapped model keeps, one per input signature, the last used last; none before it has planned.
+
+    Raises
+    ------
+    RematerializeError
+        If it isn't wrapped.
+
+    Examples
+    --------
+    >>> model = wrap(nn.Linear(4, 4), activation_budget="100%", example_inputs=(torch.ones(2, 4),))
+    >>> [plan.recomputed for plan in plans_of(model)]
+    [0]
+    """
+    forward = _forward_of(model, "it has no plans")
+    with forward._lock:
+        return tuple(plan for plan, *_ in forward._steps.values())
+
+
+def _forward_of(model: nn.Module, otherwise: str) -> RematerializedForward:
     forward = vars(model).get("forward") if isinstance(model, nn.Module) else None
     if not isinstance(forward, RematerializedForward):
-        raise RematerializeError("this model is not wrapped, so there is nothing to unwrap")
-    forward.restore()
-    return model
+        raise RematerializeError(f"this model is not wrapped, so {otherwise}")
+    return forward

@@ -58,7 +58,10 @@ def read_budget(
         If both budgets are given, or none.
     """
     if budget is not None and activation_budget is not None:
-        raise RematerializeError("got both budget and activation_budget: give one (see their meaning in help)")
+        raise RematerializeError(
+            "got both budget (the peak of all that a step holds, parameters included) and activation_budget (of what "
+            "it allocates, or a share of what storing everything takes): give one"
+        )
     if budget is None and activation_budget is None:
         raise RematerializeError(
             "got no budget: give budget='8GiB' (everything that a step holds) or activation_budget='30%' "

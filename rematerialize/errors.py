@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class RematerializeError(Exception):
@@ -60,12 +60,16 @@ def _rebuild_budget_error(message: str, minimum_bytes: int) -> BudgetError:
     return BudgetError(message, minimum_bytes=minimum_bytes)
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
+def did_you_mean(given: str, known: Iterable[str], shown: Mapping[str, str] | None = None) -> str:
     """Return ``; did you mean 'x'?`` for the closest of some names, or an empty string when none is close.
+
+    ``shown`` has what to write for a name, where that isn't the name.
 
     >>> did_you_mean("float23", ["int64", "float32"])
     "; did you mean 'float32'?"
+    >>> did_you_mean("modle", ["model"], {"model": "model.py"})
+    "; did you mean 'model.py'?"
     """
-    by_fold = {name.casefold(): name for name in known}
-    close = difflib.get_close_matches(given.casefold(), by_fold, n=1, cutoff=0.5)
+    by_fold = {name.casefold(): (shown or {}).get(name, name) for name in known}
+    close = difflib.get_close_matches(given.casefold(), by_fold, n=1, cutoff=0.6)
     return f"; did you mean {by_fold[close[0]]!r}?" if close else ""

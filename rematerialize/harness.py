@@ -76,16 +76,22 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two steps side by side; `max_relative` is over loss and gradients, relative to the largest
-    magnitude of each reference tensor, `worst` names the tensor where it stands.
+    """Two steps side by side. How far values are apart is relative to the largest magnitude of the reference tensor;
+    `worst_gradient` names the parameter whose gradients are furthest apart.
     """
 
     loss_equal: bool
     gradients_equal: bool
     buffers_equal: bool
     generators_equal: bool
-    max_relative: float
-    worst: str
+    loss_relative: float
+    gradients_relative: float
+    worst_gradient: str
+
+    @property
+    def max_relative(self) -> float:
+        """Over loss and gradients."""
+        return max(self.loss_relative, self.gradients_relative)
 
     @property
     def exact(self) -> bool:
@@ -107,7 +113,8 @@ class Comparison:
             return "equal"
         parts = []
         if not (self.loss_equal and self.gradients_equal):
-            parts.append(f"values differ by {self.max_relative:.1e} ({self.worst})")
+            worst = "loss" if self.loss_relative >= self.gradients_relative else self.worst_gradient
+            parts.append(f"values differ by {self.max_relative:.1e} ({worst})")
         if not self.buffers_equal:
             parts.append("buffers differ")
         if not self.generators_equal:
@@ -269,11 +276,9 @@ def _relative(reference: Tensor | None, other: Tensor | None) -> float:
 
 def compare_steps(reference: StepResult, other: StepResult) -> Comparison:
     """Compare bit for bit, and say how far the values are apart where they aren't equal."""
-    apart = {"loss": _relative(reference.loss, other.loss)}
     names = reference.gradients.keys() | other.gradients.keys()
-    for name in sorted(names):
-        apart[name] = _relative(reference.gradients.get(name), other.gradients.get(name))
-    worst = max(apart, key=lambda name: apart[name])
+    apart = {name: _relative(reference.gradients.get(name), other.gradients.get(name)) for name in sorted(names)}
+    worst = max(apart, key=lambda name: apart[name], default="")
     same_buffers = reference.buffers.keys() == other.buffers.keys() and all(
         _same(buffer, other.buffers[name]) for name, buffer in reference.buffers.items()
     )
@@ -282,11 +287,12 @@ def compare_steps(reference: StepResult, other: StepResult) -> Comparison:
     )
     return Comparison(
         loss_equal=_same(reference.loss, other.loss),
-        gradients_equal=all(apart[name] == 0.0 for name in names),
+        gradients_equal=not any(apart.values()),
         buffers_equal=same_buffers,
         generators_equal=same_generators,
-        max_relative=apart[worst],
-        worst=worst,
+        loss_relative=_relative(reference.loss, other.loss),
+        gradients_relative=apart.get(worst, 0.0),
+        worst_gradient=worst,
     )
 
 

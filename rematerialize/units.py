@@ -274,4 +274,4 @@ def _bytes_of_number(value: SupportsIndex, name: str, expected: str) -> int:
     if isinstance(value, float) and math.isfinite(value) and value > 0:
         raise UnitError(f"{name} {value!r} has no unit: expected {expected}; for {value:g} GiB write '{value:g}GiB'")
     kind = type(value).__name__
-    raise UnitError(f"{name} {value!r} is a {kind}: expected {expected}; write for example '8GiB'")
+    raise UnitError(f"{name} {value!r} is of type {kind}: expected {expected}; write for example '8GiB'")

@@ -142,7 +142,7 @@ def verify(
         runs = _run(f"a step of {target.name}", eager, ours, start, range(seed, seed + steps))
         peaks = [_peak(stepper, start, seed) for stepper in (eager, ours)]
     findings = [*_step_findings(runs, splits, rounding), *_peak_findings(plan, peaks[1], size)]
-    return Verification(plan, tuple(findings), peaks[0], peaks[1], runs.worst.max_relative)
+    return Verification(plan, tuple(findings), peaks[0], peaks[1], runs.max_relative)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +154,8 @@ class _Runs:
     finite: bool
 
     @property
-    def worst(self) -> Comparison:
-        return max(self.comparisons, key=lambda one: one.max_relative)
+    def max_relative(self) -> float:
+        return max(one.max_relative for one in self.comparisons)
 
 
 def _run(who: str, eager: Stepper, ours: Stepper, start: dict[str, Tensor], seeds: range) -> _Runs:
@@ -187,11 +187,19 @@ def _step_findings(runs: _Runs, splits: bool, rounding: bool) -> list[Finding]:
         detail = f"it doesn't repeat itself: {repeats.describe()}; bits can't be compared"
         findings.append(Finding("eager", "off", detail))
     excused = _excuse(runs, splits, rounding)
-    apart = f"up to {runs.worst.max_relative:.1e} apart ({runs.worst.worst})"
-    way = "; that is rounding: --up-to-rounding accepts it" if runs.worst.max_relative <= ROUNDING else ""
-    for what, equal in (
-        ("loss", [one.loss_equal for one in comparisons]),
-        ("gradients", [one.gradients_equal for one in comparisons]),
+    way = "; that is rounding: --up-to-rounding accepts it" if runs.max_relative <= ROUNDING else ""
+    worst = max(comparisons, key=lambda one: one.gradients_relative)
+    for what, equal, apart in (
+        (
+            "loss",
+            [one.loss_equal for one in comparisons],
+            f"up to {max(one.loss_relative for one in comparisons):.1e} apart, relative to eager's",
+        ),
+        (
+            "gradients",
+            [one.gradients_equal for one in comparisons],
+            f"up to {worst.gradients_relative:.1e} apart ({worst.worst_gradient})",
+        ),
     ):
         if excused and not all(equal):
             findings.append(Finding(what, "equal up to rounding", f"{apart}: {excused}"))
@@ -208,7 +216,7 @@ def _step_findings(runs: _Runs, splits: bool, rounding: bool) -> list[Finding]:
 def _excuse(runs: _Runs, splits: bool, rounding: bool) -> str:
     """Why values may differ by as much as they do; an empty string if they may not."""
     bound = max(ROUNDING, min(runs.repeats.max_relative, _RESTLESS))
-    if not (splits or rounding or not runs.repeats.exact) or runs.worst.max_relative > bound:
+    if not (splits or rounding or not runs.repeats.exact) or runs.max_relative > bound:
         return ""
     return "recurrences run split over time" if splits else f"within {bound:.0e} of the largest magnitude"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -146,6 +147,12 @@ def test_wrap_refuses_a_bad_budget_at_once_even_when_it_would_plan_later() -> No
 def test_both_budgets_are_one_too_many(enter: Any) -> None:
     error = refused(remat.RematerializeError, enter, MLP(), inputs(), budget="1GiB", activation_budget="30%")
     assert "both" in str(error)
+    assert "parameters included" in str(error)  # what each of them is, without a look into the help
+
+
+def test_the_help_of_wrap_tells_every_parameter() -> None:
+    told = inspect.getdoc(remat.wrap) or ""
+    assert [name for name in inspect.signature(remat.wrap).parameters if f"\n{name} : " not in told] == []
 
 
 @either

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_a_plan_is_shown_beside_store_all_and_full_checkpointing(
     target: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said = call(capfd, "plan", target, "--activation-budget", "70%", "-o", "plan.json")
-    for words in ("store all", "checkpoint every block", "this plan", "smallest that works", "measured on"):
+    for words in ("store all", "recompute whole blocks", "this plan", "smallest that works", "measured on"):
         assert words in said.stdout
     explained = call(capfd, "explain", "plan.json", "--ops")
     assert "making it again would cost" in explained.stdout or "runs once more" in explained.stdout
@@ -72,6 +73,61 @@ def test_a_plan_is_shown_beside_store_all_and_full_checkpointing(
     assert {row["module"] for row in one["ops"]} == {"0"}
     assert one["schema"] == "rematerialize.explain/1"
     assert "no module 'nope'" in call(capfd, "explain", "plan.json", "--module", "nope", code=2).error()
+
+
+def test_a_plan_says_what_was_asked_in_its_scope(target: str, capfd: pytest.CaptureFixture[str]) -> None:
+    asked = ("plan", target, "--bytes", "--optimizer", "adamw", "--reserve", "1MiB", "--budget")
+    state, resident = 2 * 16896 + 8 * 4, 16896 + 64 * 32 * 4  # two moments and a count for each parameter
+    rows = dict(
+        line.strip().rsplit("  ", 1) for line in call(capfd, *asked, "64MiB").stdout.splitlines() if "in it" in line
+    )
+    assert {name.strip(): value for name, value in rows.items()} == {
+        "resident in it": f"{resident:,} B",
+        "reserved in it": f"{2**20 + state:,} B",
+    }
+    assert re.search(r"^  budget +67,108,864 B$", call(capfd, *asked, "64MiB").stdout, re.MULTILINE)
+    assert re.search(r"^  budget +50%: [\d,]+ B$", call(capfd, *asked, "50%").stdout, re.MULTILINE)
+    assert re.search(r"^  budget +auto: [\d,]+ B$", call(capfd, *asked, "auto").stdout, re.MULTILINE)
+    said = call(capfd, "plan", target, "--activation-budget", "70%").stdout
+    assert not re.search(r"^  budget", said, re.MULTILINE)
+    assert "resident besides" in said
+
+
+def test_a_fused_op_is_told_by_all_that_it_does(target: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "fused.py").write_text(CODE.replace("nn.GELU()", "nn.BatchNorm1d(32), nn.ReLU()"), encoding="utf-8")
+    call(capfd, "plan", "fused.py:make", "--activation-budget", "100%", "-o", "plan.json")
+    said = call(capfd, "explain", "plan.json", "--ops").stdout
+    assert "_native_batch_norm_legit + relu " in said
+    assert "forward ops" in said
+
+
+def test_the_page_of_a_frontier_says_which_plan_it_shows(target: str, capfd: pytest.CaptureFixture[str]) -> None:
+    said = call(capfd, "frontier", target, "--points", "3", "-o", "f.html")
+    which = "plan 2 of 3, the one in the middle"
+    assert f"the page shows {which}" in said.stderr
+    assert f"This page shows {which}. " in Path("f.html").read_text(encoding="utf-8")
+
+
+def test_a_batch_that_never_fits_is_exit_code_3_after_its_table(target: str, capfd: pytest.CaptureFixture[str]) -> None:
+    asked = ("max-batch", target, "--budget", "1KiB", "--no-confirm")
+    said = call(capfd, *asked, code=3)
+    assert re.search(r"^  largest batch, rematerialized +0$", said.stdout, re.MULTILINE)
+    assert call(capfd, *asked, "--json", "-o", "batch.json", code=3).stdout == ""
+    assert json.loads(Path("batch.json").read_text(encoding="utf-8"))["with_plan"] == 0
+
+
+def test_a_file_of_the_wrong_kind_says_how_the_right_one_is_made(
+    target: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    call(capfd, "plan", target, "--activation-budget", "70%", "-o", "plan.json")
+    solve = call(capfd, "solve", "plan.json", "--budget", "70%", code=2).error()
+    assert solve.startswith("plan.json is a plan, and solve takes a graph")
+    assert "--graph graph.json" in solve
+    for command in (("explain",), ("export", "-o", "page.html")):
+        for given in (target, "net.py", "zoo:gpt"):
+            said = call(capfd, command[0], given, *command[1:], code=2).error()
+            assert f"{command[0]} takes a plan file, got {given}" in said
+            assert "-o plan.json" in said
 
 
 def test_a_result_is_not_overwritten_without_force(target: str, capfd: pytest.CaptureFixture[str]) -> None:

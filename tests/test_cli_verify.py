@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -149,6 +150,22 @@ def test_a_step_that_is_not_eagers_is_exit_code_4(
     broken = [finding["what"] for finding in found["findings"] if not finding["passed"]]
     assert line in broken
     assert found["passed"] is False
+
+
+def test_loss_and_gradients_are_each_told_by_their_own_distance(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    details = {}
+    for what in ("gradients", "loss"):
+        monkeypatch.setattr(rematerialize.verify, "planned_forward", spoiled_by(what))
+        found = call(capfd, "verify", "verified_net:make", *BUDGET, "--json", code=4).json()
+        details[what] = {one["what"]: one["detail"] for one in found["findings"]}
+    assert details["gradients"]["loss"] == "bit for bit, 1 step"
+    assert re.fullmatch(
+        r"in 1 of 1 step, up to \d\.\de[+-]\d\d apart \(layers\.[\w.]+\)", details["gradients"]["gradients"]
+    )
+    assert re.fullmatch(r"in 1 of 1 step, up to \d\.\de[+-]\d\d apart, relative to eager's", details["loss"]["loss"])
+    assert details["loss"]["gradients"] == "bit for bit, 1 step"
 
 
 def test_values_that_differ_can_not_be_excused_as_rounding(

@@ -153,7 +153,7 @@ def test_importing_the_light_parts_does_not_load_torch(module: str) -> None:
 def test_the_package_offers_its_public_names_lazily_and_no_others() -> None:
     import rematerialize
 
-    assert set(rematerialize.__all__) <= set(dir(rematerialize))
+    assert dir(rematerialize) == sorted(rematerialize.__all__)
     assert all(getattr(rematerialize, name) is not None for name in rematerialize.__all__)
     with pytest.raises(AttributeError, match="frobnicate"):
         rematerialize.frobnicate  # noqa: B018
@@ -163,7 +163,7 @@ def test_the_package_offers_its_public_names_lazily_and_no_others() -> None:
 def test_only_the_entrances_know_the_solvers(path: Path) -> None:
     """Neither the judge nor the emitter may lean on how a schedule was found."""
     knows = "solve/" in [target for target, _ in parts_imported(path)]
-    assert not knows or part_of(path) in ("solve/", "prepare", "cli/")
+    assert not knows or part_of(path) in ("solve/", "prepare", "api", "cli/")
 
 
 def test_the_architecture_page_lists_the_same_layers() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.demo import HEADERS
 from benchmarks.readme import FENCE, PAGES, rewritten, with_outputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +19,7 @@ def shape(output: str) -> list[str]:
     masked = re.sub(r"-?\d[\d.]*( ?(B|KiB|MiB|GiB|us|ms|s|%)(?![a-z]))?", "#", output)
     masked = re.sub(r"^( *solver +)\w+$", r"\1#", masked, flags=re.MULTILINE)  # measured times decide who wins
     masked = re.sub(r"(?<= )-(?= |$)|#x", "#", masked, flags=re.MULTILINE)  # nothing recomputed here, something there
+    masked = re.sub(r"(?<=measured on ).+$", "#", masked, flags=re.MULTILINE)
     return [re.sub(r"[ -]{2,}", " ", line).strip() for line in masked.strip().splitlines()]
 
 
@@ -43,6 +45,12 @@ def test_every_make_target_that_a_page_names_exists(page: str) -> None:
     targets = set(re.findall(r"^(\w+):", makefile, flags=re.MULTILINE))
     named = set(re.findall(r"\bmake (\w+)", (ROOT / page).read_text(encoding="utf-8")))
     assert {name for name in named if name not in targets} <= {"sure"}
+
+
+def test_the_demo_prints_the_columns_that_the_page_shows() -> None:
+    table = README.split("<!-- BEGIN generated: demo -->\n")[1]
+    header = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")]
+    assert header == ["model", *HEADERS]
 
 
 def test_the_generated_parts_are_fresh() -> None:

@@ -172,6 +172,34 @@ def test_a_phone_scrolls_down_and_never_sideways(chromium: browser.Browser, page
     assert chromium.run(smallest) >= 32
 
 
+def test_a_table_that_is_cut_says_that_it_scrolls_and_its_rows_hold_together(
+    chromium: browser.Browser, page: Path
+) -> None:
+    chromium.emulate(width=390, height=844)
+    chromium.open(page)
+    hint = "return getComputedStyle(document.querySelector('.edge'), '::after').content"
+    frames = "return new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    assert chromium.run(hint) != "none"
+    rows = chromium.run(
+        "return [...document.querySelectorAll('#modules tr')].map(r => r.getBoundingClientRect().height)"
+    )
+    assert all(height == int(height) for height in rows)  # else the line of a sticky cell is drawn a pixel off
+    chromium.run("document.querySelector('.edge .scroll').scrollLeft = 9999")
+    chromium.run(frames)
+    assert chromium.run(hint) == "none"
+    chromium.emulate()
+    chromium.run(frames)
+    assert chromium.run(hint) == "none"
+
+
+def test_the_cursor_passes_behind_figures(opened: browser.Browser) -> None:
+    page_colour = colour(opened, "body", "backgroundColor")
+    for selector in (".lane-name > span:last-child", ".tick.moment"):
+        assert opened.run(f"return getComputedStyle(document.querySelector('{selector}')).zIndex") == "1"
+        assert colour(opened, selector, "backgroundColor") == page_colour
+    assert opened.run("return getComputedStyle(document.getElementById('cursor')).zIndex") == "auto"
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_and_lines_stand_out_in_light_and_dark(chromium: browser.Browser, page: Path, dark: bool) -> None:
     chromium.emulate(dark=dark)
@@ -216,6 +244,7 @@ def test_20000_executions_stay_quick(chromium: browser.Browser, tmp_path: Path) 
     path = tmp_path / "long.html"
     path.write_text(html_report(graph, store_all_schedule(graph)), encoding="utf-8")
     chromium.emulate()
+    chromium.point(0, 0)  # at rest on the step, it would move the cursor
     chromium.open(path)
     spent_ms = chromium.run("""
         const plot = document.getElementById('plot');

@@ -67,6 +67,11 @@ def test_each_format_is_written_by_name_and_by_suffix(folder: Path, name: str, f
     assert check(first)
 
 
+def test_a_page_is_headed_by_its_plans_file(folder: Path) -> None:
+    run_cli("export", "plan.json", "-o", "page.html", cwd=folder)
+    assert "<h1>Memory plan of a training step: plan.json</h1>" in (folder / "page.html").read_text(encoding="utf-8")
+
+
 def test_text_goes_to_stdout_without_an_output(folder: Path) -> None:
     done = run_cli("export", "plan.json", "--format", "csv", cwd=folder)
     assert done.stdout.splitlines()[0].startswith("position,phase,op")

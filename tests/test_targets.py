@@ -64,6 +64,9 @@ CODE = """
     def gives_a_number():
         return 3
 
+    def gives_nothing():
+        pass
+
     def quits():
         raise SystemExit("not today")
 
@@ -76,6 +79,7 @@ CODE = """
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with user code in it, as the current one; what is imported from it is forgotten afterwards."""
     (tmp_path / "words_model.py").write_text(textwrap.dedent(CODE), encoding="utf-8")
+    (tmp_path / "another_model.py").write_text("def f(x): ...\ndef build(x=1): ...\n", encoding="utf-8")
     (tmp_path / "half_model.py").write_text("raise RuntimeError('half a module')\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -161,6 +165,10 @@ def test_a_wrong_spec_says_what_was_expected(texts: list[str], says: str) -> Non
     ("target", "says"),
     [
         ("gpt", "did you mean 'zoo:gpt'?"),
+        ("words_model", "did you mean 'words_model.py:make'?"),
+        ("another_model", "did you mean 'another_model.py:build'?"),
+        ("half_model", "did you mean 'half_model.py:FACTORY'?"),
+        ("mymodels", "got 'mymodels'; write for example models:make"),
         ("", "PKG.MOD:FACTORY"),
         ("words_model", "PKG.MOD:FACTORY"),
         ("words_model:", "PKG.MOD:FACTORY"),
@@ -170,20 +178,30 @@ def test_a_wrong_spec_says_what_was_expected(texts: list[str], says: str) -> Non
         ("zoo:GPT", "did you mean 'gpt'?"),
         ("zoo:gpt@bnch", "expected one of test, bench behind the @, got 'bnch'"),
         ("words_model.py", "expected a factory as FILE.py:FACTORY"),
-        ("words_model.py:", "expected a factory as FILE.py:FACTORY"),
+        ("words_model.py:", "write for example words_model.py:make"),
         ("word_model.py:make", "there is no file word_model.py; did you mean 'words_model.py'?"),
+        ("nofile.py:make", "there is no file nofile.py"),
         ("no/such/folder/model.py:make", "no/such/folder/model.py"),
         ("hf:cnfig.json", "did you mean 'config.json'?"),
         ("hf:", "config.json"),
         ("words_mdel:make", "no module named 'words_mdel' here"),
         ("words_mdel:make", "did you mean 'words_model'?"),
         ("words_model:mke", "words_model has no 'mke'; did you mean 'make'?"),
+        ("words_model:zzz", "words_model has no 'zzz'; it defines make, alone, asleep, reads_a_value, fails, "),
+        ("words_model.py:zzz", "gives_a_list, gives_a_number, gives_nothing, 1 more; check the factory"),
         ("words_model:Words.absent", "words_model has no 'Words.absent'"),
-        ("words_model:number", "is a int; it must be a function"),
-        ("words_model:instance", "is a Words; it must be a function"),
-        ("words_model:alone", "returned a Words alone; it must return (model, example_inputs), or give the inputs"),
-        ("words_model:gives_a_list", "returned a list as example inputs"),
-        ("words_model:gives_a_number", "returned a int; it must return (model, example_inputs) or a model"),
+        ("words_model:number", "is an object of type int; it must be a function"),
+        ("words_model:instance", "is an object of type Words; it must be a function"),
+        (
+            "words_model:alone",
+            "returned a model alone (Words); it must return (model, example_inputs), or give the inputs",
+        ),
+        ("words_model:gives_a_list", "returned an object of type list as example inputs"),
+        (
+            "words_model:gives_a_number",
+            "returned an object of type int; it must return (model, example_inputs) or a model",
+        ),
+        ("words_model:gives_nothing", "returned None; it must return (model, example_inputs) or a model"),
         ("words_model:fails", "the factory words_model:fails raised KeyError: 'no such dataset'"),
         ("words_model:quits", "the factory words_model:quits raised SystemExit: not today"),
         ("half_model:make", "importing half_model for the factory raised RuntimeError: half a module"),
@@ -197,6 +215,13 @@ def test_a_wrong_target_says_what_was_expected(target: str, says: str, here: Pat
         load(target)
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("target", ["mymodels", "nofile.py:make", "words_model.py:zzz"])
+def test_what_is_far_from_every_name_suggests_none(target: str, here: Path) -> None:
+    with pytest.raises(TargetError) as raised:
+        load(target)
+    assert "did you mean" not in str(raised.value)
 
 
 def test_a_targets_own_failure_names_its_line(here: Path) -> None:

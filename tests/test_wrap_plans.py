@@ -65,6 +65,18 @@ def test_a_new_signature_plans_again_and_says_so(caplog: pytest.LogCaptureFixtur
     )
 
 
+def test_a_wrapped_model_tells_its_plans_in_order_of_use_and_another_is_refused() -> None:
+    ours = remat.wrap(MLP(), activation_budget="100%")
+    assert remat.plans_of(ours) == ()
+    for rows in (64, 10, 64):
+        ours(batch(rows)).backward()
+    small, large = remat.plans_of(ours)
+    assert small.store_all_peak_bytes < large.store_all_peak_bytes
+    for bare in (MLP(), remat.unwrap(ours), None):
+        with pytest.raises(remat.RematerializeError, match="not wrapped, so it has no plans"):
+            remat.plans_of(bare)  # type: ignore[arg-type]
+
+
 def test_a_non_contiguous_input_has_a_plan_of_its_own() -> None:
     eager, ours = twins(MLP)
     store_all(ours)

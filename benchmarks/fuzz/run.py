@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import resource
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from benchmarks.fuzz.check import Outcome, check, quick_costs
 from benchmarks.fuzz.recipe import Recipe
 from benchmarks.fuzz.strategies import recipes
 
-CHUNK = 500  # examples per Hypothesis run: it draws small ones first
+CHUNK = 250  # examples per Hypothesis run: it draws small ones first
+MEMORY_BYTES = 8 << 30  # of a process: what needs more is a failure with a recipe, and not the machine's end
 TOLD = 50  # failures that are kept
 
 
@@ -82,7 +84,10 @@ def batch(first: int, deadline: float) -> Tally:
             return
         seen.add(recipe)
         start = time.perf_counter()
-        outcome = check(recipe)
+        try:
+            outcome = check(recipe)
+        except MemoryError:
+            outcome = Outcome("failed", f"more than {MEMORY_BYTES:,} bytes of memory")
         tally.add(recipe, outcome, time.perf_counter() - start)
         if outcome.status == "failed":
             print(f"FAILED {outcome.detail}\n  {recipe!r}", flush=True)
@@ -111,5 +116,6 @@ def fuzz(examples: int, limit_s: float, jobs: int, every: Callable[[Tally], None
 
 
 def quiet_start() -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     torch.set_num_threads(1)
     quick_costs()

@@ -12,6 +12,7 @@ import typer
 
 from rematerialize.errors import BudgetError, CaptureError, RematerializeError
 
+NOTHING_FITS = 3
 MISMATCH = 4
 
 
@@ -42,7 +43,7 @@ def _explain(error: Exception) -> int:
     code = 2
     message = str(error)
     if isinstance(error, BudgetError):
-        code = 3
+        code = NOTHING_FITS
     elif isinstance(error, CaptureError):
         code = 5
     elif isinstance(error, OSError):

@@ -71,10 +71,20 @@ def check_budgets(budget: str | None, activation_budget: str | None, *, required
         parse_budget(activation_budget, name="--activation-budget")
 
 
+def check_plan_file(path: Path, command: str) -> None:
+    """Refuse a target, or a Python file, where a plan file is expected."""
+    if path.suffix == ".py" or (":" in path.name and not path.exists()):
+        raise UsageError(
+            f"{command} takes a plan file, got {path}: write one by `rematerialize plan TARGET --activation-budget 50% "
+            "-o plan.json`"
+        )
+
+
 def existing_file(path: Path, what: str) -> Path:
     """Refuse a path at which there is no file, naming the closest that is there."""
     if path.is_file():
         return path
-    there = [found.name for found in path.parent.iterdir() if found.is_file()] if path.parent.is_dir() else []
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    there = {found.stem: found.name for found in beside if found.is_file()}
     is_folder = " (that is a folder)" if path.is_dir() else ""
-    raise UsageError(f"expected {what}, but there is no file {path}{is_folder}{did_you_mean(path.name, there)}")
+    raise UsageError(f"expected {what}, but there is no file {path}{is_folder}{did_you_mean(path.stem, there, there)}")

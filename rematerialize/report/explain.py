@@ -78,7 +78,7 @@ class Explanation:
     @property
     def headers(self) -> tuple[str, ...]:
         """Of the table of modules."""
-        return ("module", "ops", "stored", "recomputed ops", "at most", "extra time")
+        return ("module", "forward ops", "stored", "recomputed ops", "at most", "extra time")
 
     def rows(self, size: Callable[[int], str] = format_bytes) -> list[tuple[str, ...]]:
         """Rows of the table of modules; ``size`` formats bytes."""

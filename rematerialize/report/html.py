@@ -31,6 +31,7 @@ def html_report(
     frontier: Sequence[FrontierPoint] = (),
     chosen: int | None = None,
     title: str = "Memory plan of a training step",
+    about: str = "",
 ) -> str:
     """Return a page about a plan: its memory over time, its schedule, its modules, and the frontier if there is one.
 
@@ -47,6 +48,8 @@ def html_report(
     chosen : int, optional
         Position in `frontier` of the plan that the page is about.
     title : str
+    about : str
+        A sentence below the page's first, where something is to be said about which plan it shows.
 
     Returns
     -------
@@ -71,6 +74,7 @@ def html_report(
     page = Template(_asset("page.html")).substitute(
         title=escape(title),
         claim=_claim(plan, stored),
+        about=f'<p class="note">{escape(about)}</p>' if about else "",
         figures=_figures(plan, stored, schedule, budget),
         keys_note="Point at the step, or move through it with the arrow keys."
         if plan.executions

@@ -62,9 +62,9 @@ def modules_table(plan: Timeline, stored: Timeline) -> str:
     heads = ("Forward", "Backward", "Recomputed", "Stored", "Stored by store-all", "Live at the peak")
     head = "".join(f'<th scope="col"{_NUMBER}>{name}</th>' for name in heads)
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-labelledby="modules-title">'
+        '<div class="edge"><div class="scroll" tabindex="0" role="region" aria-labelledby="modules-title">'
         f'<table class="modules" id="modules"><thead><tr><th scope="col">Module</th>{head}</tr></thead>'
-        f"<tbody>{chr(10).join(rows)}</tbody></table></div>"
+        f"<tbody>{chr(10).join(rows)}</tbody></table></div></div>"
     )
 
 

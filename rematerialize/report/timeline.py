@@ -12,6 +12,8 @@ from rematerialize.ir import Op, TrainingGraph
 from rematerialize.schedule import Schedule
 from rematerialize.simulate import Instance, lifetimes, simulate
 
+_NAMED = 3  # calls of one kernel, so that a column of them stays readable
+
 
 @dataclass(frozen=True, slots=True)
 class Execution:
@@ -79,16 +81,20 @@ class Timeline:
 
 
 def kernel_title(target: str) -> str:
-    """What a kernel is called in a table: its first call that isn't a mere allocation, without torch's decoration.
+    """What a kernel is called in a table: its calls that aren't mere allocations, without torch's decoration.
 
     >>> kernel_title("aten.empty_strided.default bernoulli_as aten.div.Scalar")
-    'bernoulli_as'
+    'bernoulli_as + div.Scalar'
     >>> kernel_title("aten.addmm.default")
     'addmm'
+    >>> kernel_title("aten.mul.Tensor aten.add.Tensor aten.relu.default aten.neg.default aten.exp.default")
+    'mul.Tensor + add.Tensor + relu + 2 more'
     """
     calls = target.split(" ")
-    telling = [call for call in calls if not call.startswith(("aten.empty", "aten.new_empty"))]
-    return (telling or calls)[0].removeprefix("aten.").removesuffix(".default")
+    telling = [call for call in calls if not call.startswith(("aten.empty", "aten.new_empty"))] or calls[:1]
+    names = [call.removeprefix("aten.").removesuffix(".default") for call in telling]
+    rest = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+    return " + ".join([*names[:_NAMED], *rest])
 
 
 def replay(graph: TrainingGraph, forward: Sequence[str], backward: Sequence[str]) -> Timeline:

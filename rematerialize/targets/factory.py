@@ -10,11 +10,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from rematerialize.errors import RematerializeError, TargetError, did_you_mean
 from rematerialize.targets.names import TargetName
+
+_LISTED = 8  # functions of a file, in an error
 
 
 @contextlib.contextmanager
@@ -44,13 +46,33 @@ def find_factory(name: TargetName) -> Callable[[], Any]:
     found: Any = _from_file(Path(name.where)) if name.kind == "file" else _from_module(name)
     for part in name.function.split("."):
         if not hasattr(found, part):
-            near = did_you_mean(part, (known for known in dir(found) if callable(getattr(found, known))))
-            raise TargetError(f"{name.where} has no {name.function!r}{near}; check the factory {name.text!r}")
+            near = did_you_mean(part, (known for known in dir(found) if callable(getattr(found, known, None))))
+            own = f"; it defines {_defined(found)}" if isinstance(found, ModuleType) else ""
+            raise TargetError(f"{name.where} has no {name.function!r}{near}{own}; check the factory {name.text!r}")
         found = getattr(found, part)
     if not callable(found) or (hasattr(found, "named_parameters") and not isinstance(found, type)):
-        raise TargetError(f"the factory {name.text!r} is a {type(found).__name__}; it must be a function")
+        raise TargetError(f"the factory {name.text!r} is {described(found)}; it must be a function")
     factory: Callable[[], Any] = found
     return factory
+
+
+def described(value: object) -> str:
+    """What something is, without an article that its type's name may not go with.
+
+    >>> described(3), described(None)
+    ('an object of type int', 'None')
+    """
+    return "None" if value is None else f"an object of type {type(value).__name__}"
+
+
+def _defined(module: ModuleType) -> str:
+    own = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, FunctionType) and value.__module__ == module.__name__ and not name.startswith("_")
+    ]
+    rest = [f"{len(own) - _LISTED} more"] if len(own) > _LISTED else []
+    return ", ".join([*own[:_LISTED], *rest]) or "no function"
 
 
 def _from_module(name: TargetName) -> ModuleType:

@@ -17,7 +17,7 @@ from rematerialize.errors import TargetError
 from rematerialize.targets import hf
 from rematerialize.targets.blocks import checkpoint_blocks
 from rematerialize.targets.devices import Device, find_device
-from rematerialize.targets.factory import blame, find_factory
+from rematerialize.targets.factory import blame, described, find_factory
 from rematerialize.targets.inputs import batch_of, make_inputs, resized
 from rematerialize.targets.names import TargetName, parse_target, zoo_entry
 from rematerialize.targets.specs import InputSpec, parse_dtype, parse_specs
@@ -184,9 +184,9 @@ def _plain(name: TargetName, specs: Sequence[InputSpec], by_hand: bool, seed: in
         made: Any = factory()
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        what = f"{len(made)} values" if isinstance(made, tuple) else f"a {type(made).__name__}"
+        what = f"{len(made)} values" if isinstance(made, tuple) else described(made)
         if isinstance(made, tuple) and len(made) == 2:
-            what = f"a {type(model).__name__} as its model"
+            what = f"{described(model)} as its model"
         raise TargetError(
             f"the factory {name.text!r} returned {what}; it must return (model, example_inputs) or a model"
         )
@@ -194,7 +194,7 @@ def _plain(name: TargetName, specs: Sequence[InputSpec], by_hand: bool, seed: in
         inputs = make_inputs(specs, model)
     elif inputs is None:
         raise TargetError(
-            f"the factory {name.text!r} returned a {type(model).__name__} alone; it must return "
+            f"the factory {name.text!r} returned a model alone ({type(model).__name__}); it must return "
             "(model, example_inputs), or give the inputs: --input x=float32[8,64]"
         )
     return _checked(name, model, inputs, loss_of)
@@ -203,8 +203,8 @@ def _plain(name: TargetName, specs: Sequence[InputSpec], by_hand: bool, seed: in
 def _checked(name: TargetName, model: nn.Module, inputs: Any, loss_of: Callable[[Any], Tensor]) -> Target:
     if not isinstance(inputs, (tuple, dict)):
         raise TargetError(
-            f"the factory {name.text!r} returned a {type(inputs).__name__} as example inputs; it must be a tuple of "
-            "arguments or a dict of keyword arguments"
+            f"the factory {name.text!r} returned {described(inputs)} as example inputs; it must be a tuple "
+            "of arguments or a dict of keyword arguments"
         )
     if not model.training:  # a part that its author froze in eval mode stays so
         model.train()

@@ -6,6 +6,8 @@ for the larger scale). A factory takes nothing and returns a model, or a model a
 
 from __future__ import annotations
 
+import ast
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,13 +61,37 @@ def parse_target(text: str) -> TargetName:
     if text.endswith(".py") or where.endswith(".py"):
         path = _existing(text, where if where.endswith(".py") else text, "a Python file")
         if not function or not where.endswith(".py"):
-            raise TargetError(f"expected a factory as FILE.py:FACTORY, got {text!r}; write for example {path}:make")
+            example = _example(path)
+            raise TargetError(f"expected a factory as FILE.py:FACTORY, got {text!r}; write for example {example}")
         return TargetName(text, "file", str(path), function)
     if not colon or not where or not function:
-        # A bare name is most likely one of the zoo's
-        near = did_you_mean(f"zoo:{text}", [f"zoo:{name}" for name in ENTRIES])
-        raise TargetError(f"expected a target as {_EXPECTED}, got {text!r}{near or '; write for example models:make'}")
+        raise TargetError(f"expected a target as {_EXPECTED}, got {text!r}{_meant(text)}")
     return TargetName(text, "module", where, function)
+
+
+def _meant(text: str) -> str:
+    """What a name alone may mean: a file that is here, or a model of the zoo."""
+    file = Path(f"{text}.py")
+    with contextlib.suppress(OSError):  # a name too long for a file
+        if text and file.is_file():
+            return f"; did you mean {_example(file)!r}?"
+    near = did_you_mean(text, ENTRIES, {name: f"zoo:{name}" for name in ENTRIES})
+    return near or "; write for example models:make"
+
+
+def _example(path: Path) -> str:
+    """A target in a file: `make`, or the first function that it defines and that takes nothing."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        body = []
+    found = [node.name for node in body if isinstance(node, ast.FunctionDef) and _takes_nothing(node.args)]
+    return f"{path}:{'make' if 'make' in found else next(iter(found), 'FACTORY')}"
+
+
+def _takes_nothing(parameters: ast.arguments) -> bool:
+    positional = len(parameters.posonlyargs) + len(parameters.args)
+    return positional == len(parameters.defaults) and None not in parameters.kw_defaults
 
 
 def zoo_entry(name: str) -> ModelSpec:
@@ -101,6 +127,7 @@ def _existing(text: str, where: str, what: str) -> Path:
         path /= "config.json"
     if path.is_file():
         return path
-    siblings = [found.name for found in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
-    near = did_you_mean(path.name, siblings)
+    siblings = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else ()
+    there = {found.stem: found.name for found in siblings}
+    near = did_you_mean(path.stem, there, there)  # by stems: a suffix in common is no likeness
     raise TargetError(f"expected {what} in the target {text!r}, but there is no file {path}{near}")

@@ -10,7 +10,7 @@ import typer
 from rematerialize.cli.app import command
 from rematerialize.cli.console import Console
 from rematerialize.cli.errors import UsageError
-from rematerialize.cli.options import DepthOption
+from rematerialize.cli.options import DepthOption, check_plan_file
 from rematerialize.errors import did_you_mean
 from rematerialize.report.timeline import kernel_title
 from rematerialize.units import format_seconds
@@ -27,6 +27,7 @@ def explain(
     ] = None,
 ) -> None:
     """Say per module and op what a plan stores, what it recomputes how often, and why."""
+    check_plan_file(plan_file, "explain")
     from rematerialize.plans import Plan
 
     explained = Plan.load(plan_file).explain(depth)

@@ -13,7 +13,7 @@ import typer
 from rematerialize.cli.app import command
 from rematerialize.cli.console import Console
 from rematerialize.cli.errors import UsageError
-from rematerialize.cli.options import ForceOption, OutputOption
+from rematerialize.cli.options import ForceOption, OutputOption, check_plan_file
 
 if TYPE_CHECKING:
     from rematerialize.plans import Plan
@@ -54,12 +54,14 @@ def export(
     ] = None,
 ) -> None:
     """Turn a plan file into a page, or into a file for another tool; it goes to -o, or to stdout."""
+    check_plan_file(plan_file, "export")
     wanted = _format(format_, output)
     _check(console, wanted, plan_file, output, force=force, others=others)
     from rematerialize.plans import Plan
 
     plan = Plan.load(plan_file)
-    content = _html(plan, [_other(plan, path) for path in others]) if others else _WRITERS[wanted](plan)
+    compared = [_other(plan, path) for path in others or ()]
+    content = _html(plan, plan_file.name, compared) if wanted == "html" else _WRITERS[wanted](plan)
     if output is None:
         sys.stdout.write(content.decode())
         return
@@ -113,7 +115,7 @@ def _format(name: str | None, output: Path | None) -> str:
     return name
 
 
-def _html(plan: Plan, others: Sequence[Plan] = ()) -> bytes:
+def _html(plan: Plan, name: str, others: Sequence[Plan]) -> bytes:
     from rematerialize.report.figures import FrontierPoint
     from rematerialize.report.html import html_report
 
@@ -127,6 +129,7 @@ def _html(plan: Plan, others: Sequence[Plan] = ()) -> bytes:
         resident_bytes=plan.resident_bytes,
         frontier=points if others else (),
         chosen=own if others else None,
+        title=f"Memory plan of a training step: {name}",  # a plan file knows no model's name
     ).encode()
 
 
@@ -162,7 +165,6 @@ def _figure(suffix: str) -> Callable[[Plan], bytes]:
 
 
 _WRITERS: dict[str, Callable[[Plan], bytes]] = {
-    "html": _html,
     "perfetto": _perfetto,
     "memory_viz": _memory_viz,
     "csv": _csv,

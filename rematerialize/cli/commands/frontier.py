@@ -112,6 +112,9 @@ def _write(console: Console, output: Path, target: str, plans: tuple[Plan, ...])
 
         chosen = len(plans) // 2
         plan = plans[chosen]
+        why = {1: "the only one", 2: "the one that recomputes more"}.get(len(plans), "the one in the middle")
+        which = f"plan {chosen + 1} of {len(plans)}, {why}"
+        console.progress(f"the page shows {which}")
         page = html_report(
             plan.graph,
             plan.schedule,
@@ -120,6 +123,8 @@ def _write(console: Console, output: Path, target: str, plans: tuple[Plan, ...])
             frontier=points,
             chosen=chosen,
             title=f"Memory and overhead of {target}",
+            about=f"This page shows {which}. For another: rematerialize plan {target} --activation-budget SIZE -o "
+            "plan.json, then rematerialize export plan.json -o page.html.",
         )
         console.write(output, page)
         return

@@ -8,6 +8,7 @@ import typer
 
 from rematerialize.cli.app import command
 from rematerialize.cli.console import Console
+from rematerialize.cli.errors import NOTHING_FITS
 from rematerialize.cli.options import (
     ActivationBudgetOption,
     BudgetOption,
@@ -44,7 +45,7 @@ def max_batch(
     ] = True,
     cost_cache: CostCacheOption = None,
 ) -> None:
-    """Find the largest batch that fits the budget, without a plan and with one."""
+    """Find the largest batch that fits the budget, without a plan and with one; exits with 3 if not even 1 fits."""
     check_budgets(budget, activation_budget)
     session = open_session(console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache)
     with user_output():
@@ -66,5 +67,7 @@ def max_batch(
         )
     if console.as_json:
         console.data("max-batch", {"target": target, **found.to_dict()})
-        return
-    console.pairs(f"Largest batch of {target}", found.rows(console.size))
+    else:
+        console.pairs(f"Largest batch of {target}", found.rows(console.size))
+    if not found.with_plan:
+        raise typer.Exit(NOTHING_FITS)

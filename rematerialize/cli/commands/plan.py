@@ -29,6 +29,7 @@ from rematerialize.cli.session import Session, open_session, user_output
 from rematerialize.units import format_percent, format_seconds
 
 if TYPE_CHECKING:
+    from rematerialize.budget import BudgetRequest
     from rematerialize.plans import Plan
 
 
@@ -51,7 +52,7 @@ def plan(
     depth: DepthOption = 1,
     cost_cache: CostCacheOption = None,
 ) -> None:
-    """Plan a step under a budget: its peak and overhead beside store-all and full checkpointing, what is kept."""
+    """Plan a step under a budget: its peak and overhead beside storing everything and recomputing whole blocks."""
     check_budgets(budget, activation_budget)
     console.check_output(output, force=force)
     console.check_output(graph_file, force=force)
@@ -59,6 +60,7 @@ def plan(
     start_s = time.perf_counter()
     with user_output():
         from rematerialize import api
+        from rematerialize.budget import read_budget
 
         made = api.plan(
             session.target.model,
@@ -69,6 +71,7 @@ def plan(
             reserve=reserve or 0,
             **session.options,
         )
+        request = read_budget(budget, activation_budget, reserve or 0, optimizer, session.target.model)
     console.progress(f"planned in {format_seconds(time.perf_counter() - start_s)}")
     if output is not None:
         made.save(output)
@@ -78,10 +81,10 @@ def plan(
     if console.as_json:
         console.data("plan", made.to_dict())
         return
-    _print(console, session, made, depth)
+    _print(console, session, made, request, depth)
 
 
-def _print(console: Console, session: Session, made: Plan, depth: int) -> None:
+def _print(console: Console, session: Session, made: Plan, request: BudgetRequest, depth: int) -> None:
     assert made.prepared is not None
     full = made.prepared.full_checkpointing()
     stored_s, stored = made.store_all_time_s, made.store_all_peak_bytes
@@ -100,7 +103,7 @@ def _print(console: Console, session: Session, made: Plan, depth: int) -> None:
         ("", "activations", "of store-all", "with residents", "overhead"),
         [
             row("store all", stored, stored_s),
-            row("checkpoint every block", full.peak_bytes, full.time_s),
+            row("recompute whole blocks", full.peak_bytes, full.time_s),
             row("this plan", made.peak_bytes, made.schedule.time_s),
         ],
     )
@@ -108,9 +111,9 @@ def _print(console: Console, session: Session, made: Plan, depth: int) -> None:
     console.pairs(
         "Plan",
         [
-            ("activation budget", console.size(made.budget_bytes)),
+            *_budget_rows(console, made, request),
             ("smallest that works", console.size(made.minimum_bytes)),
-            ("resident besides", console.size(made.resident_bytes)),
+            *([("resident besides", console.size(made.resident_bytes))] if request.budget is None else []),
             ("gap to lower bound", "unknown" if made.gap is None else format_percent(made.gap)),
             ("recomputed ops", f"{made.recomputed} of {len(made.graph.ops)}"),
             ("solver", made.schedule.solver),
@@ -120,3 +123,16 @@ def _print(console: Console, session: Session, made: Plan, depth: int) -> None:
     print()
     explained = made.explain(depth)
     console.table("What is kept for the backward", explained.headers, explained.rows(console.size))
+
+
+def _budget_rows(console: Console, made: Plan, request: BudgetRequest) -> list[tuple[str, str]]:
+    """What was asked for, in the scope in which it was, and what of it is left for activations."""
+    left = ("activation budget", console.size(made.budget_bytes))
+    if request.budget is None:
+        return [left]
+    whole = console.size(made.budget_bytes + made.resident_bytes + request.reserve_bytes)
+    rows = [("budget", whole if request.budget.size_bytes else f"{request.budget}: {whole}")]
+    rows.append(("  resident in it", console.size(made.resident_bytes)))
+    if request.reserve_bytes:
+        rows.append(("  reserved in it", console.size(request.reserve_bytes)))
+    return [*rows, left]

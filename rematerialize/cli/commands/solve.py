@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from rematerialize.cli.app import command
 from rematerialize.cli.console import Console
 from rematerialize.cli.errors import UsageError
 from rematerialize.cli.options import ForceOption, OutputOption
+from rematerialize.errors import GraphError
 from rematerialize.units import format_percent, format_seconds, parse_budget
 
 if TYPE_CHECKING:
@@ -54,7 +56,16 @@ def solve(
 
     if solver not in (known := ["auto", *solvers.solvers()]):
         raise UsageError(f"unknown --solver {solver!r}; choose one of {', '.join(known)}")
-    graph = TrainingGraph.from_json(graph_file.read_bytes())
+    text = graph_file.read_bytes()
+    try:
+        graph = TrainingGraph.from_json(text)
+    except GraphError:
+        if _is_plan(text):
+            raise UsageError(
+                f"{graph_file} is a plan, and solve takes a graph: `rematerialize plan TARGET --activation-budget 50% "
+                "--graph graph.json` writes one"
+            ) from None
+        raise
     planner = solvers.Planner(graph, solver=solver, time_limit_s=time_limit)
     store_all = planner.store_all()
     budget_bytes = wanted.resolve(store_all.peak_bytes)
@@ -67,6 +78,14 @@ def solve(
         return
     output.write_text(found.to_json() + "\n", encoding="utf-8")
     _print_summary(console, graph, found, store_all, solve_s)
+
+
+def _is_plan(text: bytes) -> bool:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and str(data.get("format")).startswith("rematerialize.plan/")
 
 
 def _print_summary(

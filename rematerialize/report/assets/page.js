@@ -236,6 +236,16 @@
     show();
   };
 
+  // What is cut at the right fades out, until it is scrolled to its end.
+  const fade = (edge) => {
+    const inner = edge.firstElementChild;
+    const show = () => edge.classList.toggle("more", inner.scrollLeft + inner.clientWidth < inner.scrollWidth - 1);
+    inner.addEventListener("scroll", show, { passive: true });
+    addEventListener("resize", show);
+    show();
+  };
+
   if (count > 0) start();
   fold(at("modules"));
+  document.querySelectorAll(".edge").forEach(fade);
 })();
