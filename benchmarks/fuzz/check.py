@@ -30,6 +30,7 @@ from rematerialize.solve import Planner
 
 STEPS = 2
 RATE = 0.05
+MOST_SCRAMBLED = 5_000  # recomputations in the backward: all of them for each op would be gigabytes of fx graph
 ROUNDING = 1e-5  # of the largest magnitude, where gradients meet in another order
 Status = Literal["equal", "rounded", "refused", "invalid", "failed"]
 
@@ -259,6 +260,7 @@ def _scrambled(model: nn.Module, prepared: PreparedStep, recipe: Recipe) -> Plan
     backward: list[str] = []
     once = set(ran)
     order = [op.name for op in prepared.graph.ops if op.name in once]
+    share = min(share, MOST_SCRAMBLED / max(len(order) * len(plan.schedule.backward), 1))
     for name in plan.schedule.backward:
         chosen = [op for op in order if draw.random() < share]
         backward += chosen if recipe.room < 50 else draw.sample(chosen, len(chosen))
