@@ -237,6 +237,8 @@ class _Expose(torch.autograd.Function):
         for index in step.emitted.backward_tangents:
             node, position = paired[index]
             tangent = by_position[position]
+            if tangent is not None and tangent.shape != node.meta["val"].shape:
+                tangent = tangent.expand(node.meta["val"].shape)  # fake kernels return [1] for some that return []
             tangents.append(tangent)
             if tangent is not None and not _laid_like(tangent, node.meta["val"]):
                 strides.append((index, tangent.stride()))

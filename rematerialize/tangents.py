@@ -150,8 +150,9 @@ def _without_term(graph: fx.Graph, node: fx.Node, missing: set[fx.Node], follow_
         if not follow_terms or not same_kind:
             return False
     in_place = term is first and node.target is aten.add_.Tensor
-    node.target = aten.alias.default if in_place or not (_written(node) or _written(term)) else copied
-    node.args = (term,)
+    node.target, node.args = aten.alias.default, (term,)  # the sum itself writes no more
+    if not in_place and _written(node):
+        node.target = copied
     node.meta.pop("swapped", None)
     return True
 

@@ -132,6 +132,15 @@ def test_a_loss_outside_may_hand_back_a_gradient_in_any_layout(layout: str) -> N
     assert_same_step(expected, step_of(ours, batch(), loss_of=OUTSIDE[layout]))
 
 
+def test_a_loss_whose_fake_kernel_returns_another_shape_takes_its_gradient() -> None:
+    class Margin(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.multilabel_margin_loss(super().forward(x)[0], torch.tensor([3, 0, -1, *[0] * 13]))
+
+    eager, ours = both(Margin, batch())
+    assert_same_step(step_of(eager, batch()), step_of(ours, batch()))
+
+
 def test_a_gradient_handed_in_is_left_as_it_was() -> None:
     ours = store_all(MLP())
     given = torch.full((8, 16), 0.5)
