@@ -135,7 +135,9 @@ def test_a_loss_outside_may_hand_back_a_gradient_in_any_layout(layout: str) -> N
 def test_a_loss_whose_fake_kernel_returns_another_shape_takes_its_gradient() -> None:
     class Margin(MLP):
         def forward(self, x: Tensor) -> Tensor:
-            return F.multilabel_margin_loss(super().forward(x)[0], torch.tensor([3, 0, -1, *[0] * 13]))
+            return F.multilabel_margin_loss(
+                super().forward(x)[0], torch.tensor([3, 0, -1, *[0] * 13]), reduction="none"
+            )
 
     eager, ours = both(Margin, batch())
     assert_same_step(step_of(eager, batch()), step_of(ours, batch()))
