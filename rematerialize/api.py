@@ -16,7 +16,7 @@ from torch import nn
 
 from rematerialize.budget import BudgetRequest, free_bytes, read_budget
 from rematerialize.capture import FlatInputs
-from rematerialize.errors import BudgetError, RematerializeError, did_you_mean
+from rematerialize.errors import BudgetError, RematerializeError
 from rematerialize.plans import Plan, Scope, below_minimum
 from rematerialize.prepare import (
     PreparedStep,
@@ -31,7 +31,6 @@ from rematerialize.prepare import (
 )
 from rematerialize.runtime import TrainingStep
 from rematerialize.signature import signature
-from rematerialize.solve import solvers
 from rematerialize.wrapper import RematerializedForward
 
 __all__ = ["Plan", "frontier", "plan", "plans_of", "unwrap", "wrap"]
@@ -97,7 +96,6 @@ def plan(
         For arguments that can't be read or used.
     """
     tell = progress or (lambda stage, done, total: None)
-    _check_solver(solver)
     _check_scope(activation_budget, reserve, optimizer)
     request = read_budget(budget, activation_budget, reserve, optimizer, check_model(model))
     prepared = prepare_example(
@@ -113,14 +111,6 @@ def plan(
     made = choose(model, prepared, request)
     tell("solve", 1, 1)
     return made
-
-
-def _check_solver(solver: str) -> None:
-    known = ["auto", *solvers()]
-    if solver not in known:
-        raise RematerializeError(
-            f"unknown solver {solver!r}: expected one of {', '.join(known)}{did_you_mean(solver, known)}"
-        )
 
 
 def _check_scope(activation_budget: object, reserve: object, optimizer: object) -> None:
@@ -142,17 +132,19 @@ def choose(model: nn.Module, prepared: PreparedStep, request: BudgetRequest, *, 
     if request.is_auto and not prepared.analytic:
         whole = free_bytes(home_of(model)) + prepared.resident_bytes
     asked = request.activation_bytes(store_all.peak_bytes, prepared.resident_bytes, whole)
-    fits = not search and asked >= store_all.peak_bytes
-    minimum = None if fits else prepared.minimum()
-    try:
-        variant, schedule = (prepared, store_all) if fits else prepared.solve(asked)
-    except BudgetError as error:
-        least, besides = minimum or error.minimum_bytes, prepared.resident_bytes + request.reserve_bytes
-        if request.activation_budget is not None:
-            scope = Scope("an activation budget", str(request.activation_budget), store_all.peak_bytes, "store-all's")
-            raise below_minimum(asked, least, scope) from None
-        scope = Scope("a budget", str(request.budget), whole, "the device's memory")
-        raise below_minimum(asked + besides, least + besides, scope) from None
+    minimum, variant, schedule = None, prepared, store_all
+    if search or asked < store_all.peak_bytes:
+        minimum = prepared.minimum()
+        try:
+            variant, schedule = prepared.solve(asked)
+        except BudgetError:
+            if request.activation_budget is not None:
+                given, stored = str(request.activation_budget), store_all.peak_bytes
+                scope = Scope("an activation budget", given, stored, "store-all's")
+                raise below_minimum(asked, minimum, scope) from None
+            besides = prepared.resident_bytes + request.reserve_bytes
+            scope = Scope("a budget", str(request.budget), whole, "the device's memory")
+            raise below_minimum(asked + besides, minimum + besides, scope) from None
     return Plan(
         graph=variant.graph,
         schedule=schedule,
@@ -269,13 +261,13 @@ def wrap(
     if plan is not None and (budget is not None or activation_budget is not None):
         raise RematerializeError("got both a plan and a budget: the plan has its own")
     checked = check_model(model, device)
-    _check_solver(solver)
+    options = PrepareOptions(solver, time_limit_s)
     _check_scope(activation_budget, reserve, optimizer)
     if plan is None:
         request = read_budget(budget, activation_budget, reserve, optimizer, checked)
     else:
         request = read_budget(None, plan.budget_bytes)
-    rematerialized = RematerializedForward(checked, _planned(request, plan, solver, time_limit_s), max_plans=max_plans)
+    rematerialized = RematerializedForward(checked, _planned(request, plan, options), max_plans=max_plans)
     if example_inputs is not None:
         rematerialized.plan_for(bind_inputs(checked.forward, example_inputs))
     checked.forward = rematerialized
@@ -285,11 +277,10 @@ def wrap(
 class _planned:
     """How a wrapped model plans a signature: by budget, or by a given plan when its step is the same."""
 
-    def __init__(self, request: BudgetRequest, given: Plan | None, solver: str, time_limit_s: float | None) -> None:
+    def __init__(self, request: BudgetRequest, given: Plan | None, options: PrepareOptions) -> None:
         self.request = request
         self.given = given
-        self.solver = solver
-        self.time_limit_s = time_limit_s
+        self.options = options
         self.prepared = None if given is None else given.prepared
         self.held_then = 0
         self.granted_bytes = 0  # the most that a plan of a share of store-all's was given
@@ -304,7 +295,7 @@ class _planned:
     def __call__(self, model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs) -> tuple[Plan, TrainingStep]:
         prepared, held = self.prepared, self.held_bytes(model, inputs)
         if prepared is None or prepared.model is not model or prepared.key != signature(model, inputs):
-            prepared = prepare(model, forward, inputs, PrepareOptions(self.solver, self.time_limit_s))
+            prepared = prepare(model, forward, inputs, self.options)
             self.prepared, self.held_then = prepared, held
         if self.given is not None:
             return self.given, matching_variant(prepared, self.given.graph).build(self.given.schedule)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 
 class RematerializeError(Exception):
@@ -73,3 +74,10 @@ def did_you_mean(given: str, known: Iterable[str], shown: Mapping[str, str] | No
     by_fold = {name.casefold(): (shown or {}).get(name, name) for name in known}
     close = difflib.get_close_matches(given.casefold(), by_fold, n=1, cutoff=0.6)
     return f"; did you mean {by_fold[close[0]]!r}?" if close else ""
+
+
+def closest_file(path: Path, pattern: str = "*") -> str:
+    """`did_you_mean` for a file that is missing, by those beside it: by their stems, since suffixes are no likeness."""
+    beside = path.parent.glob(pattern) if path.parent.is_dir() else ()
+    there = {found.stem: found.name for found in beside if found.is_file()}
+    return did_you_mean(path.stem, there, there)

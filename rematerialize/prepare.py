@@ -34,14 +34,14 @@ from rematerialize.capture.past import without_past
 from rematerialize.cost import DEVICES, AnalyticCostModel, DeviceSpec
 from rematerialize.cost_cache import CostCache, device_name
 from rematerialize.emit import emit
-from rematerialize.errors import CaptureError, PlanMismatchError, RematerializeError
+from rematerialize.errors import CaptureError, PlanMismatchError, RematerializeError, did_you_mean
 from rematerialize.ir import TrainingGraph
 from rematerialize.measure import CostModel
 from rematerialize.runtime import TrainingStep, needed_outputs
 from rematerialize.schedule import Schedule
 from rematerialize.signature import signature
 from rematerialize.simulate import simulate
-from rematerialize.solve import Planner
+from rematerialize.solve import Planner, solvers
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage ("capture", "costs", "solve"), how much of it is done, and how much there is."""
@@ -76,6 +76,11 @@ class PrepareOptions:
     costs : CostModel, optional
         Instead of the process's own.
     progress : Progress, optional
+
+    Raises
+    ------
+    RematerializeError
+        For a solver that isn't there.
     """
 
     solver: str = "auto"
@@ -83,6 +88,12 @@ class PrepareOptions:
     device: DeviceSpec | None = None
     costs: CostModel | None = None
     progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        known = ["auto", *solvers()]
+        if self.solver not in known:
+            near = did_you_mean(self.solver, known)
+            raise RematerializeError(f"unknown solver {self.solver!r}: expected one of {', '.join(known)}{near}")
 
     def tell(self, stage: str, done: int, total: int) -> None:
         """Report progress."""

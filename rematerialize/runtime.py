@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import phase_of, tensors_of
+from rematerialize.capture.kernel_layouts import laid_alike
 from rematerialize.capture.step import CapturedStep
 from rematerialize.emit import EmittedStep
 from rematerialize.errors import RematerializeError
@@ -240,16 +241,9 @@ class _Expose(torch.autograd.Function):
             if tangent is not None and tangent.shape != node.meta["val"].shape:
                 tangent = tangent.expand(node.meta["val"].shape)  # fake kernels return [1] for some that return []
             tangents.append(tangent)
-            if tangent is not None and not _laid_like(tangent, node.meta["val"]):
+            if tangent is not None and not laid_alike(tangent.stride(), node.meta["val"]):
                 strides.append((index, tangent.stride()))
         ctx.box.tangents, ctx.box.strides = tangents, tuple(strides)
         if torch.is_grad_enabled():
             ctx.box.anchors = (ctx.token, *(t for t in received if t is not None and t.requires_grad))
         return ctx.token.new_zeros(0), None, None
-
-
-def _laid_like(received: Tensor, traced: Tensor) -> bool:
-    if received.stride() == traced.stride():
-        return True
-    strides = zip(received.stride(), traced.stride(), traced.shape, strict=True)
-    return traced.numel() == 0 or all(one == other or size == 1 for one, other, size in strides)

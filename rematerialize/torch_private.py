@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch._functorch.config as functorch_config
@@ -288,10 +288,8 @@ def _recorded_sources() -> Iterator[None]:
             node.meta["module"] = module
         if not torch.is_grad_enabled():
             node.meta["no_grad"] = True
-        schema = getattr(node.target, "_schema", None)
-        # transpose_ and its like change no values: what they return is a view, laid out as it says.
-        views = schema is not None and any(item.alias_info for item in schema.returns)
-        if schema is not None and not views and _functionalized_op() == f"{schema.name}_":
+        # Not transpose_ and its like, which change no values: what they return is a view, laid out as it says.
+        if returns_new_tensors(node.target) and _functionalized_op() == f"{node.target._schema.name}_":
             node.meta["in_place"] = True
         return node
 
@@ -886,7 +884,7 @@ def forget_compiled() -> None:
     torch._dynamo.reset()
 
 
-def returns_new_tensors(target: object) -> bool:
+def returns_new_tensors(target: object) -> TypeGuard[torch._ops.OpOverload]:
     """Is a graph node's target an op that runs a kernel, rather than a view or Python?"""
     return isinstance(target, torch._ops.OpOverload) and not any(
         result.alias_info is not None for result in target._schema.returns

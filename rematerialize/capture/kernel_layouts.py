@@ -34,8 +34,7 @@ def kernel_strides(op: Any, args: Sequence[Any], index: int, result: Tensor) -> 
     if rule is None or result.device.type != "cpu" or result.dim() < 2:
         return None
     found = rule(args, result)
-    same = all(ours == fake or size <= 1 for ours, fake, size in zip(found, result.stride(), result.shape, strict=True))
-    return None if same or not result.numel() else found
+    return None if laid_alike(found, result) else found
 
 
 def kernel_result(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> private.Result | None:
@@ -156,6 +155,12 @@ def _compare(left: int, right: int, shape: Sequence[int], operands: Sequence[Str
         if shape[left] > shape[right]:
             return 1
     return 0
+
+
+def laid_alike(strides: Strides, like: Tensor) -> bool:
+    """Return whether strides lay elements out as a tensor's do: of dimensions of one element they don't count."""
+    compared = zip(strides, like.stride(), like.shape, strict=True)
+    return like.numel() == 0 or all(ours == other or size == 1 for ours, other, size in compared)
 
 
 def is_dense(strides: Strides, shape: Sequence[int]) -> bool:

@@ -17,10 +17,11 @@ def without_past(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
     if getattr(config, "use_cache", None) is not True:
         return dict(kwargs)
     try:
-        given = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
-        taken = inspect.signature(forward).parameters
+        signature = inspect.signature(forward)
+        given = signature.bind_partial(*args, **kwargs).arguments
     except (TypeError, ValueError):  # the call itself will tell
         return dict(kwargs)
-    if "use_cache" not in taken or given.get("use_cache") is not None or given.get("past_key_values") is not None:
+    asked = any(given.get(name) is not None for name in ("use_cache", "past_key_values"))
+    if asked or "use_cache" not in signature.parameters:
         return dict(kwargs)
     return {**kwargs, "use_cache": False}

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rematerialize.cli.errors import UsageError
-from rematerialize.errors import did_you_mean
+from rematerialize.errors import closest_file
 from rematerialize.units import parse_budget
 
 TargetArgument = Annotated[
@@ -84,7 +84,5 @@ def existing_file(path: Path, what: str) -> Path:
     """Refuse a path at which there is no file, naming the closest that is there."""
     if path.is_file():
         return path
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    there = {found.stem: found.name for found in beside if found.is_file()}
     is_folder = " (that is a folder)" if path.is_dir() else ""
-    raise UsageError(f"expected {what}, but there is no file {path}{is_folder}{did_you_mean(path.stem, there, there)}")
+    raise UsageError(f"expected {what}, but there is no file {path}{is_folder}{closest_file(path)}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rematerialize.errors import TargetError, did_you_mean
+from rematerialize.errors import TargetError, closest_file, did_you_mean
 from rematerialize.zoo import ENTRIES, ModelSpec, Scale
 from rematerialize.zoo.spec import SCALES
 
@@ -127,7 +127,5 @@ def _existing(text: str, where: str, what: str) -> Path:
         path /= "config.json"
     if path.is_file():
         return path
-    siblings = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else ()
-    there = {found.stem: found.name for found in siblings}
-    near = did_you_mean(path.stem, there, there)  # by stems: a suffix in common is no likeness
+    near = closest_file(path, f"*{path.suffix}")
     raise TargetError(f"expected {what} in the target {text!r}, but there is no file {path}{near}")

@@ -60,7 +60,6 @@ def plan(
     start_s = time.perf_counter()
     with user_output():
         from rematerialize import api
-        from rematerialize.budget import read_budget
 
         made = api.plan(
             session.target.model,
@@ -71,7 +70,6 @@ def plan(
             reserve=reserve or 0,
             **session.options,
         )
-        request = read_budget(budget, activation_budget, reserve or 0, optimizer, session.target.model)
     console.progress(f"planned in {format_seconds(time.perf_counter() - start_s)}")
     if output is not None:
         made.save(output)
@@ -81,6 +79,9 @@ def plan(
     if console.as_json:
         console.data("plan", made.to_dict())
         return
+    from rematerialize.budget import read_budget
+
+    request = read_budget(budget, activation_budget, reserve or 0, optimizer, session.target.model)
     _print(console, session, made, request, depth)
 
 
