@@ -199,7 +199,9 @@ def _(f: Frame, p: Piece, own: Any) -> Tensor:
 
 @piece("group_norm", lambda shape, p: nn.GroupNorm(1 if p.k % 2 or shape[1] % 2 else 2, shape[1]))
 def _(f: Frame, p: Piece, own: Any) -> Tensor:
-    return own(f.home(p.a))
+    x = f.home(p.a)
+    # Eager's backward on the CPU writes to a null pointer (torch 2.13) for channels last without the input's gradient.
+    return own(x if x.requires_grad else x.contiguous())
 
 
 @piece(
