@@ -15,6 +15,7 @@ from rematerialize.solve.step import Plan, Step
 LARGEST = 5_000  # ops beyond which a descent from store-all is too slow for what it gives
 ROOM = 4  # executions, as a multiple of the step's ops
 STRETCHES = (0.25, 0.0, 1.0)
+TRIES = 20  # searches that the work is for: the smallest strides come last, and find most
 
 
 def descent(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
@@ -54,7 +55,7 @@ def squeeze(bench: Workbench, plan: Plan, *, work: int, finest: float) -> Iterat
     while stride > finest and peak > 0 and bench.work < until:
         target = peak - max(peak * int(stride * 2**20) // 2**20, 1)  # in integers: peaks can exceed all floats
         if any(bench.load(plan) and bench.descend(target, stretch=stretch) for stretch in STRETCHES) or (
-            bench.load(plan) and bench.lower(target, work // 6, seed=1 + int(1000 * stride))
+            bench.load(plan) and bench.lower(target, work // TRIES, seed=1 + int(1000 * stride))
         ):
             bench.spend(target)
             plan, peak = bench.plan(), bench.peak_bytes()

@@ -83,7 +83,7 @@ def effort_for(ops: int) -> Effort:
             starts=4,
             first=75 * share,
             second=200 * share,
-            squeeze=300 * share,
+            squeeze=1_800 * share,
             halfway=240 * share,
             exchanges=3,
             stride=1,

@@ -92,6 +92,7 @@ int shift(Bench *b, i64 slot, i64 wanted);
 
 /* polish.c */
 int spend(Bench *b, i64 budget, i64 rounds, double noise);
+double excess(const Bench *b, i64 target);
 int descend(Bench *b, i64 target, i64 rounds, double noise, double stretch, int may_respace);
 void settle(Bench *b, i64 budget, i64 slot, i64 count);
 void sort_by_worth(Bench *b, i64 count);

@@ -138,7 +138,7 @@ void settle(Bench *b, i64 budget, i64 slot, i64 count) {
     }
 }
 
-WIDE static double excess(const Bench *b, i64 target) {
+WIDE double excess(const Bench *b, i64 target) {
     double total = 0.0;
     for (i64 slot = 0; slot < b->slots; slot++) {
         i64 over = memory_at(b, slot) - target;

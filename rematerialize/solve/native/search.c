@@ -8,6 +8,7 @@
 #include "kernel.h"
 
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define WORSE 0.1 /* how much more than the last excess a new one may be, at first */
 
 static i64 random_below(Bench *b, i64 count) { return (i64)(uniform(b) * (double)count); }
 
@@ -159,12 +160,14 @@ int improve(Bench *b, i64 budget, i64 work, double threshold, uint64_t seed) {
     return best_s < first_s;
 }
 
-/* Look for a schedule within a target from the one on the bench, by noisy descents from random neighbours.
+/* Look for a schedule within a target by noisy descents from random neighbours of the one on the bench.
 
-   Returns 1 and leaves it there, or 0 and leaves what was there, when `work` moves were tried. */
+   A descent that gets stuck is gone on from when it left less above the target than any before, or a little more than
+   the last (Dueck and Scheuer 1990). Returns 1 when the target is reached, 0 when `work` moves were tried. */
 int lower(Bench *b, i64 target, i64 work, uint64_t seed) {
     static const double stretches[] = {0.0, 0.25, 1.0, 4.0};
-    i64 length = b->length, split = unload(b, b->saved), until = b->work + work;
+    i64 length = b->length, split = unload(b, b->saved), until = b->work + work, start = b->work;
+    double now = excess(b, target);
     b->random = seed * 2654435761u + 88172645463325252u;
     for (i64 trial = 0; b->work < until; trial++) {
         double stretch = stretches[random_below(b, 4)];
@@ -180,6 +183,13 @@ int lower(Bench *b, i64 target, i64 work, uint64_t seed) {
             else shift_near(b, 1 + random_below(b, 6));
         }
         if (descend(b, target, 30, 0.8, stretch, 1)) return 1;
+        double found = excess(b, target), left = 1 - (double)(b->work - start) / (double)MAX(work, 1);
+        if (found <= now * (1 + WORSE * MAX(left, 0.0))) {
+            spend(b, target, 1, 0.4);
+            now = excess(b, target);
+            length = b->length;
+            split = unload(b, b->saved);
+        }
         if (!load(b, b->saved, length, split)) return 0;
     }
     return 0;
