@@ -33,6 +33,7 @@ from rematerialize.capture.lower import KernelCost
 from rematerialize.capture.past import without_past
 from rematerialize.cost import DEVICES, AnalyticCostModel, DeviceSpec
 from rematerialize.cost_cache import CostCache, device_name
+from rematerialize.drivers import refuse_drivers
 from rematerialize.emit import emit
 from rematerialize.errors import CaptureError, PlanMismatchError, RematerializeError, did_you_mean
 from rematerialize.ir import TrainingGraph
@@ -198,6 +199,7 @@ def prepare(
 ) -> PreparedStep:
     """Capture a step, measure its costs and set up its planner. Changes nothing that the user can see."""
     options = options or PrepareOptions()
+    refuse_drivers(model)  # once more: it may have been sharded since it was wrapped
     with _ONE_AT_A_TIME:
         whole = _prepare(model, forward, inputs, False, options)
         if whole.captured.splittable:
@@ -349,11 +351,7 @@ def bind_inputs(forward: Callable[..., Any], example_inputs: Any) -> FlatInputs:
 
 def check_model(model: object, device: str | None = None) -> nn.Module:
     """The checks that need no trace: it is a module, not wrapped, in training mode, on one present device."""
-    if isinstance(model, torch.jit.ScriptModule) or private.is_compiled(model):
-        how = "torch.jit" if isinstance(model, torch.jit.ScriptModule) else "torch.compile"
-        raise RematerializeError(
-            f"this is what {how} made of a model, which runs code of its own: wrap the model itself instead of it"
-        )
+    refuse_drivers(model)
     if not isinstance(model, nn.Module):
         what = "its class: create an instance first" if isinstance(model, type) else type(model).__name__
         raise RematerializeError(f"expected an nn.Module (torch.nn.Module instance), got {what}")

@@ -23,6 +23,7 @@ LAYERS = {
     "schedule": 2,
     "torch_private": 2,
     "budget": 2,
+    "drivers": 3,
     "harness": 3,
     "torch_budget": 4,
     "simulate": 3,

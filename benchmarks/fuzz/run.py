@@ -20,6 +20,7 @@ from benchmarks.fuzz.strategies import recipes
 CHUNK = 250  # examples per Hypothesis run: it draws small ones first
 MEMORY_BYTES = 8 << 30  # of a process: what needs more is a failure with a recipe, and not the machine's end
 TOLD = 50  # failures that are kept
+AGAIN = 3  # more checks of one that failed: some depend on what the process did before, or on nothing known
 
 
 @dataclass(slots=True)
@@ -90,7 +91,8 @@ def batch(first: int, deadline: float) -> Tally:
             outcome = Outcome("failed", f"more than {MEMORY_BYTES:,} bytes of memory")
         tally.add(recipe, outcome, time.perf_counter() - start)
         if outcome.status == "failed":
-            print(f"FAILED {outcome.detail}\n  {recipe!r}", flush=True)
+            again = Counter(check(recipe).status for _ in range(AGAIN))
+            print(f"FAILED {outcome.detail}; at once again: {dict(again)}\n  {recipe!r}", flush=True)
 
     run()
     return tally

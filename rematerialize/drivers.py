@@ -1,0 +1,56 @@
+"""What drives a model by code of its own (compilers, data parallelism) is refused, with the way round."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from rematerialize import torch_private as private
+from rematerialize.errors import RematerializeError
+
+
+def refuse_drivers(model: object) -> None:
+    """Refuse a model that something else drives, or whose parts are sharded.
+
+    Raises
+    ------
+    RematerializeError
+    """
+    if isinstance(model, torch.jit.ScriptModule) or private.is_compiled(model):
+        how = "torch.jit" if isinstance(model, torch.jit.ScriptModule) else "torch.compile"
+        raise RematerializeError(
+            f"this is what {how} made of a model, which runs code of its own: wrap the model itself instead of it"
+        )
+    if isinstance(model, nn.Module):
+        _refuse_parallel(model)
+
+
+def _refuse_parallel(model: nn.Module) -> None:
+    # Only a process that has imported it can have sharded anything, and importing it takes long.
+    sharding = sys.modules.get("torch.distributed.fsdp")
+    for name, part in model.named_modules():
+        who = f"the model's part {name!r} is" if name else "this model is"
+        if isinstance(part, nn.parallel.DistributedDataParallel):
+            raise RematerializeError(
+                f"{who} driven by DistributedDataParallel: wrap what it holds, as "
+                "DistributedDataParallel(rematerialize.wrap(model, ...))"
+            )
+        if isinstance(part, nn.DataParallel):
+            raise RematerializeError(
+                f"{who} copied by DataParallel at every step, which no plan can follow: use "
+                "DistributedDataParallel(rematerialize.wrap(model, ...)), one process for each device"
+            )
+        if sharding is None:
+            continue
+        if isinstance(part, sharding.FullyShardedDataParallel):
+            raise RematerializeError(
+                f"{who} sharded by FullyShardedDataParallel, whose parameters are views made anew at every step: use "
+                "fully_shard(rematerialize.wrap(part, ...))"
+            )
+        if name and isinstance(part, sharding.FSDPModule):
+            raise RematerializeError(
+                f"{who} sharded by fully_shard, which gathers its parameters while the forward runs: wrap the parts "
+                "instead of the whole, as fully_shard(rematerialize.wrap(part, ...))"
+            )
