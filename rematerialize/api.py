@@ -16,6 +16,7 @@ from torch import nn
 
 from rematerialize.budget import BudgetRequest, free_bytes, read_budget
 from rematerialize.capture import FlatInputs
+from rematerialize.drivers import planned_forward
 from rematerialize.errors import BudgetError, RematerializeError
 from rematerialize.plans import Plan, Scope, below_minimum
 from rematerialize.prepare import (
@@ -333,7 +334,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises
     ------
     RematerializeError
-        If it isn't wrapped.
+        If it isn't wrapped, or others have put theirs around its forward since.
     """
     _forward_of(model, "there is nothing to unwrap").restore()
     return model
@@ -359,7 +360,7 @@ def plans_of(model: nn.Module) -> tuple[Plan, ...]:
 
 
 def _forward_of(model: nn.Module, otherwise: str) -> RematerializedForward:
-    forward = vars(model).get("forward") if isinstance(model, nn.Module) else None
-    if not isinstance(forward, RematerializedForward):
+    forward = planned_forward(model) if isinstance(model, nn.Module) else None
+    if forward is None:
         raise RematerializeError(f"this model is not wrapped, so {otherwise}")
-    return forward
+    return forward  # type: ignore[no-any-return]

@@ -1,8 +1,9 @@
-"""What drives a model by code of its own (compilers, data parallelism) is refused, with the way round."""
+"""What others do to a model's forward: drivers (compilers, data parallelism) are refused, wrappers looked through."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,3 +55,14 @@ def _refuse_parallel(model: nn.Module) -> None:
                 f"{who} sharded by fully_shard, which gathers its parameters while the forward runs: wrap the parts "
                 "instead of the whole, as fully_shard(rematerialize.wrap(part, ...))"
             )
+
+
+def planned_forward(module: nn.Module) -> Any:
+    """Return the forward that ``wrap`` put into a module, None if it didn't.
+
+    Others may have put theirs around it (accelerate does for mixed precision), or have bound it as a method.
+    """
+    forward = vars(module).get("forward")
+    while forward is not None and not getattr(type(forward), "is_rematerialized", False):
+        forward = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
+    return forward

@@ -33,7 +33,7 @@ from rematerialize.capture.lower import KernelCost
 from rematerialize.capture.past import without_past
 from rematerialize.cost import DEVICES, AnalyticCostModel, DeviceSpec
 from rematerialize.cost_cache import CostCache, device_name
-from rematerialize.drivers import refuse_drivers
+from rematerialize.drivers import planned_forward, refuse_drivers
 from rematerialize.emit import emit
 from rematerialize.errors import CaptureError, PlanMismatchError, RematerializeError, did_you_mean
 from rematerialize.ir import TrainingGraph
@@ -356,7 +356,7 @@ def check_model(model: object, device: str | None = None) -> nn.Module:
         what = "its class: create an instance first" if isinstance(model, type) else type(model).__name__
         raise RematerializeError(f"expected an nn.Module (torch.nn.Module instance), got {what}")
     for name, module in model.named_modules():
-        if getattr(vars(module).get("forward"), "is_rematerialized", False):
+        if planned_forward(module) is not None:
             part = f"its part {name!r} is" if name else "it is"
             raise RematerializeError(
                 f"this model is already wrapped ({part} rematerialized): call rematerialize.unwrap first"

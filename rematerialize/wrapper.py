@@ -17,6 +17,7 @@ from torch import nn
 from rematerialize import torch_private as private
 from rematerialize.capture import FlatInputs, flatten_inputs
 from rematerialize.capture.past import without_past
+from rematerialize.errors import RematerializeError
 from rematerialize.plans import Plan
 from rematerialize.python_state import PythonState, changed
 from rematerialize.runtime import TrainingStep, check_surroundings
@@ -78,6 +79,8 @@ class RematerializedForward:
         return bound
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.model:  # bound as a method, as accelerate does when it takes its own away
+            args = args[1:]
         if not (self.model.training and torch.is_grad_enabled()):
             return self.original(*args, **kwargs)
         return self._train(args, kwargs)
@@ -137,7 +140,19 @@ class RematerializedForward:
         )
 
     def restore(self) -> None:
-        """Give the model its own forward back."""
+        """Give the model its own forward back.
+
+        Raises
+        ------
+        RematerializeError
+            If others have put theirs around this one: it would be lost.
+        """
+        outermost = vars(self.model)["forward"]
+        if getattr(outermost, "__func__", outermost) is not self:
+            raise RematerializeError(
+                "another wrapper stands around the planned forward: take it off first (accelerate's for mixed "
+                "precision: Accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
+            )
         del vars(self.model)["forward"]
         if self.had_own:
             vars(self.model)["forward"] = self.own_forward
