@@ -248,7 +248,10 @@ class Polisher:
     def down(self, start: Point, level: int, *, work: int, seed: int = 5) -> Point | None:
         """Return a plan within a level that a descent and a search from a plan above it find."""
         with self._bench(2 * start.length + self.ops) as bench:
-            if not bench.load(start.plan) or not bench.descend(level):
+            reached = bench.load(start.plan) and bench.descend(level)
+            if not reached and work:  # a descent that gets stuck is no proof
+                reached = bench.load(start.plan) and bench.lower(level, work, seed=seed)
+            if not reached:
                 return None
             bench.spend(level)
             self._improve(bench, level, work, seed=seed)
