@@ -26,7 +26,7 @@ from benchmarks.solver.report import summary
 from rematerialize.report.table import markdown_table
 from rematerialize.units import format_bytes, format_percent, format_seconds
 
-AGAIN = ("bench-solver", "bench-solver-unet", "bench-lstm")  # runs of their own, after what they measure changed
+AGAIN = ("bench-solver", "bench-lstm")  # runs of their own, after what they measure changed
 PAGES = ("README.md", "docs/tutorial.md", "docs/commands.md")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
