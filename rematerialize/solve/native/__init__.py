@@ -386,7 +386,7 @@ class Workbench:
         return bool(self._library.descend(self._bench, target, rounds, noise, stretch, 1))
 
     def lower(self, target_bytes: int, work: int, *, seed: int = 1) -> bool:
-        """Look around the present plan for one within a target; False, and nothing changed, when none was found."""
+        """Look around the present plan for one within a target; False if none was found: another plan is there then."""
         return bool(self._library.lower(self._bench, target_bytes // self._flat.scale, work, seed))
 
     def improve(self, budget_bytes: int, work: int, *, threshold: float = 0.003, seed: int = 1) -> bool:
