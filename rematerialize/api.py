@@ -361,6 +361,6 @@ def plans_of(model: nn.Module) -> tuple[Plan, ...]:
 
 def _forward_of(model: nn.Module, otherwise: str) -> RematerializedForward:
     forward = planned_forward(model) if isinstance(model, nn.Module) else None
-    if forward is None:
+    if not isinstance(forward, RematerializedForward):
         raise RematerializeError(f"this model is not wrapped, so {otherwise}")
-    return forward  # type: ignore[no-any-return]
+    return forward

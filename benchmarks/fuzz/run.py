@@ -66,6 +66,14 @@ class Tally:
         return self.outcomes.total() - self.outcomes["invalid"]
 
 
+def bounded(recipe: Recipe) -> Outcome:
+    """`check`, where running out of the process's memory is a failure."""
+    try:
+        return check(recipe)
+    except MemoryError:
+        return Outcome("failed", f"more than {MEMORY_BYTES:,} bytes of memory")
+
+
 def batch(first: int, deadline: float) -> Tally:
     """Check the recipes of one Hypothesis run, until ``deadline`` (`time.time`)."""
     tally = Tally(next_seed=first + 1)
@@ -85,13 +93,10 @@ def batch(first: int, deadline: float) -> Tally:
             return
         seen.add(recipe)
         start = time.perf_counter()
-        try:
-            outcome = check(recipe)
-        except MemoryError:
-            outcome = Outcome("failed", f"more than {MEMORY_BYTES:,} bytes of memory")
+        outcome = bounded(recipe)
         tally.add(recipe, outcome, time.perf_counter() - start)
         if outcome.status == "failed":
-            again = Counter(check(recipe).status for _ in range(AGAIN))
+            again = Counter(bounded(recipe).status for _ in range(AGAIN))
             print(f"FAILED {outcome.detail}; at once again: {dict(again)}\n  {recipe!r}", flush=True)
 
     run()

@@ -25,10 +25,7 @@ def descent(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
     bench = Workbench(FlatStep(step), ROOM * len(step.names))
     plan = step.store_all()
     for level in sorted(levels, reverse=True):
-        for stretch in STRETCHES:
-            if bench.load(plan) and bench.descend(level, stretch=stretch):
-                break
-        else:
+        if not reach(bench, plan, level):
             return
         bench.spend(level)
         plan = bench.plan()
@@ -54,11 +51,26 @@ def squeeze(bench: Workbench, plan: Plan, *, work: int, finest: float) -> Iterat
     until, stride, peak = bench.work + work, 0.08, bench.peak_bytes()
     while stride > finest and peak > 0 and bench.work < until:
         target = peak - max(peak * int(stride * 2**20) // 2**20, 1)  # in integers: peaks can exceed all floats
-        if any(bench.load(plan) and bench.descend(target, stretch=stretch) for stretch in STRETCHES) or (
-            bench.load(plan) and bench.lower(target, work // TRIES, seed=1 + int(1000 * stride))
-        ):
+        if reach(bench, plan, target, work=work // TRIES, seed=1 + int(1000 * stride)):
             bench.spend(target)
             plan, peak = bench.plan(), bench.peak_bytes()
             yield plan
         else:
             stride /= 2
+
+
+def reach(
+    bench: Workbench,
+    plan: Plan,
+    target_bytes: int,
+    *,
+    stretches: Sequence[float] = STRETCHES,
+    work: int = 0,
+    seed: int = 1,
+) -> bool:
+    """Put a plan within a target on the bench, by greedy descents from one above it; a stuck one is no proof, and a
+    search of so many moves goes on from there.
+    """
+    if any(bench.load(plan) and bench.descend(target_bytes, stretch=stretch) for stretch in stretches):
+        return True
+    return work > 0 and bench.load(plan) and bench.lower(target_bytes, work, seed=seed)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from rematerialize.solve.descent import squeeze
+from rematerialize.solve.descent import STRETCHES, reach, squeeze
 from rematerialize.solve.native import FlatStep, Workbench
 from rematerialize.solve.step import Plan
 
@@ -248,10 +248,7 @@ class Polisher:
     def down(self, start: Point, level: int, *, work: int, seed: int = 5) -> Point | None:
         """Return a plan within a level that a descent and a search from a plan above it find."""
         with self._bench(2 * start.length + self.ops) as bench:
-            reached = bench.load(start.plan) and bench.descend(level)
-            if not reached and work:  # a descent that gets stuck is no proof
-                reached = bench.load(start.plan) and bench.lower(level, work, seed=seed)
-            if not reached:
+            if not reach(bench, start.plan, level, stretches=STRETCHES[:1], work=work, seed=seed):
                 return None
             bench.spend(level)
             self._improve(bench, level, work, seed=seed)
