@@ -17,15 +17,16 @@ from rematerialize.simulate import simulate
 from rematerialize.solve.bounds import makespan_bound
 from rematerialize.solve.native import FlatStep, available
 from rematerialize.solve.order import RULES, canonical_orders
-from rematerialize.solve.polish import MEDIUM, SMALL, Point, Polisher, fronts, side_by_side
+from rematerialize.solve.polish import LARGE, MEDIUM, SMALL, Point, Polisher, fronts, side_by_side
 from rematerialize.solve.step import Plan, Step, compile_step
 
-HALVINGS = 7  # of the room between two archived peaks, down to the budget that was asked for
 LEVELS = 18  # between the minimum and store-all
 NEAR = (0, 1, 2, 4, 7, 11)  # more levels near the minimum, in percent above it,
 NEARER = (3, 5, 9, 14, 17, 25, 35)  # and on small steps: on large ones plans are too long there to be searched around
 STEEP = 3  # levels at the minimum for which plans from store-all down are tried, too
 TWICE = ("chain", "descent")  # the solvers that plan larger steps in two orders
+EXACTLY = "descent"  # the solver that goes down to the very levels it is asked for: once more, when they are known
+HIGHER = 2  # plans of the portfolio above a level between two others from which a descent to it starts
 MOST_RUNS = 1_000  # per op, on average, of a plan: some steps get lower still by any number of executions
 FINE, COARSE = 0.2, 0.05  # effort of the lower bound, for small steps and others
 ROUNDED = 1 + 1e-12  # the judge may add times up in another order
@@ -129,10 +130,10 @@ class Planner:
         high, unit = points[0].peak_bytes, self._flat.scale
         asked = [high * percent // 100 // unit for percent in range(95, 3, -5)]
 
-        def run(member: tuple[str, Solver]) -> list[Point]:
-            return [self._point(plan, member[0], rank) for rank, plan in self._plans(*member, unit, asked)]
+        def run(name: str, levels: Sequence[int] = asked) -> list[Point]:
+            return [self._point(plan, name, rank) for rank, plan in self._plans(name, unit, levels)]
 
-        points += [point for found in side_by_side(run, self._solvers.items()) for point in found]
+        points += [point for found in side_by_side(run, self._solvers) for point in found]
         levels: list[Point] = []
         if self._polisher and not self._late():
             points += self._polisher.squeeze(points)
@@ -141,6 +142,7 @@ class Planner:
             wanted = [least + (high - least) * part // LEVELS for part in range(1, LEVELS)][::stride]
             near = (*NEAR, *NEARER) if len(self._given.names) <= SMALL else NEAR
             wanted += [min(least * (100 + percent) // 100, high) for percent in near][::stride]
+            points += run(EXACTLY, [level // unit for level in wanted])
             levels = self._polisher.levels(points, wanted)
             lowest = [(start, level) for start in self._starts for level in sorted(wanted)[:STEEP]]
             levels += filter(None, (self._polisher.down(start, level, work=0) for start, level in lowest))
@@ -154,7 +156,7 @@ class Planner:
         self._archive = list(fronts([*(levels or points), self._raw[0], self._store_all]))
         return self._archive
 
-    def _plans(self, name: str, solver: Solver, unit: int, levels: Sequence[int]) -> Iterator[tuple[int, Plan]]:
+    def _plans(self, name: str, unit: int, levels: Sequence[int]) -> Iterator[tuple[int, Plan]]:
         """Yield what a solver makes of the step in its canonical order, and in the order it was given in.
 
         In the portfolio for larger steps only the solver that gains most from a second order gets it.
@@ -163,7 +165,7 @@ class Planner:
         for rank, (step, order) in enumerate(self._orders if every else self._orders[:1]):
             if self._late():
                 return
-            for plan in solver(step.coarsened(unit) if unit > 1 else step, levels):
+            for plan in self._solvers[name](step.coarsened(unit) if unit > 1 else step, levels):
                 if len(plan.order) <= MOST_RUNS * len(self._given.names):
                     yield rank, self._mapped(plan, order) if rank else plan
                 if self._late():
@@ -187,7 +189,7 @@ class Planner:
             return min(best, self._fastest_within(budget_bytes), key=lambda point: point.time_s)
         above = self._archive[index + 1]
         high = above.peak_bytes
-        for _ in range(HALVINGS):
+        for _ in range(self._polisher.effort.halvings):
             level = (low + high) // 2
             if level <= low:
                 break
@@ -211,7 +213,10 @@ class Planner:
                 return polisher.at(start, level, work=2 * polisher.effort.halfway, seed=4)
             return polisher.down(higher, level, work=polisher.effort.halfway if higher is above else 0)
 
-        found = [point for point in side_by_side(run, (None, above, *self._starts)) if point is not None]
+        at = bisect_right(self._raw, level, key=lambda point: point.peak_bytes)
+        higher = self._raw[at : at + HIGHER] if len(self._given.names) <= LARGE else []
+        starts = [above, *(point for point in higher if point is not above), *self._starts]
+        found = [point for point in side_by_side(run, [None, *starts]) if point is not None]
         if any(point.time_s < above.time_s for point in found):
             found.append(polisher.at(start, level, work=0))
         allowed = [point for point in found if above.time_s <= point.time_s < below.time_s]

@@ -26,7 +26,7 @@ THRESHOLDS = (0.03, 0.3, 0.003)  # how much slower a plan may be to go on from, 
 SMALL = 400  # ops up to which quality goes before a second's wait
 EXCHANGED = 800  # ops up to which levels try what a higher one found: descents take long
 MEDIUM = 3_000  # ops up to which every level is searched
-LARGE = 12_000  # ops beyond which schedules are only spent on, not searched around
+LARGE = 12_000  # ops beyond which levels are searched once, without restarts
 LONG = 6  # plans longer than this many times the step's ops aren't searched around: too slow
 LONGEST = 100  # the same for small steps where no other fits
 
@@ -60,6 +60,8 @@ class Effort:
         Moves for lowering the minimum, per start.
     halfway : int
         Moves for a level between two others, of those that a budget asks for.
+    halvings : int
+        How often the room between two levels is halved towards a budget.
     exchanges : int
         How often the levels try what their neighbours found.
     stride : int
@@ -71,6 +73,7 @@ class Effort:
     second: int
     squeeze: int
     halfway: int
+    halvings: int
     exchanges: int
     stride: int
 
@@ -85,6 +88,7 @@ def effort_for(ops: int) -> Effort:
             second=200 * share,
             squeeze=1_800 * share,
             halfway=240 * share,
+            halvings=10,
             exchanges=3,
             stride=1,
         )
@@ -96,12 +100,13 @@ def effort_for(ops: int) -> Effort:
             second=300 * share,
             squeeze=120 * share,
             halfway=80 * share,
+            halvings=10,
             exchanges=1,
             stride=1,
         )
-    if ops <= LARGE:
-        return Effort(starts=1, first=0, second=180 * (ops // 100), squeeze=0, halfway=0, exchanges=1, stride=2)
-    return Effort(starts=1, first=0, second=0, squeeze=0, halfway=0, exchanges=1, stride=3)
+    work, halvings, stride = (1_000, 10, 2) if ops <= LARGE else (100, 7, 3)
+    second = work * (ops // 100)
+    return Effort(starts=1, first=0, second=second, squeeze=0, halfway=0, halvings=halvings, exchanges=1, stride=stride)
 
 
 class Polisher:
@@ -174,6 +179,8 @@ class Polisher:
                 work *= HARDEST if job[1] == ranked[-1] else HARD
                 twice = max(2 * self.ops, 1)  # a round of moves takes in proportion to a plan's length
                 work = work * min(max(job[0].length, twice), 2 * twice) // twice
+            elif SMALL < self.ops <= LARGE and job[1] == ranked[-1]:
+                work *= HARD
             elif self.ops > SMALL and job[1] > easy:
                 work //= HARD
             return job[0] if self._late() else self.at(job[0], job[1], work=work, seed=2)
@@ -255,7 +262,7 @@ class Polisher:
             return self._replay(bench.plan(), start.solver)
 
     def _improve(self, bench: Workbench, level: int, work: int, *, seed: int) -> None:
-        for turn, part in enumerate(_turns(work)):
+        for turn, part in enumerate(_turns(work) if self.ops <= LARGE else (work,)):
             bench.improve(level, part, threshold=THRESHOLDS[turn % len(THRESHOLDS)], seed=seed + turn)
 
     def at(self, start: Point, level: int, *, work: int, seed: int = 1) -> Point:
