@@ -206,19 +206,19 @@ class Planner:
         """Return the best plan found within a level between two plans, never faster than the one above."""
         polisher = self._polisher
         assert polisher is not None
-        start = min(below, self._fastest_within(level), key=lambda point: point.time_s)
-
-        def run(higher: Point | None) -> Point | None:
-            if higher is None:
-                return polisher.at(start, level, work=2 * polisher.effort.halfway, seed=4)
-            return polisher.down(higher, level, work=polisher.effort.halfway if higher is above else 0)
-
         at = bisect_right(self._raw, level, key=lambda point: point.peak_bytes)
+        lower = [below, *(point for point in self._raw[at - 1 : at] if point is not below)]
         higher = self._raw[at : at + HIGHER] if len(self._given.names) <= LARGE else []
-        starts = [above, *(point for point in higher if point is not above), *self._starts]
-        found = [point for point in side_by_side(run, [None, *starts]) if point is not None]
+        higher = [above, *(point for point in higher if point is not above), *self._starts]
+
+        def run(start: Point) -> Point | None:
+            if start.peak_bytes <= level:
+                return polisher.at(start, level, work=2 * polisher.effort.halfway, seed=4)
+            return polisher.down(start, level, work=polisher.effort.halfway if start is above else 0)
+
+        found = [point for point in side_by_side(run, [*lower, *higher]) if point is not None]
         if any(point.time_s < above.time_s for point in found):
-            found.append(polisher.at(start, level, work=0))
+            found += [polisher.at(start, level, work=0) for start in lower]
         allowed = [point for point in found if above.time_s <= point.time_s < below.time_s]
         return min(allowed, key=lambda point: point.time_s, default=below)
 

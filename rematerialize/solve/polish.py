@@ -95,9 +95,9 @@ def effort_for(ops: int) -> Effort:
     if ops <= MEDIUM:
         share = max(ops, 1_000) // 100
         return Effort(
-            starts=2,
+            starts=4,
             first=80 * share,
-            second=300 * share,
+            second=600 * share,
             squeeze=120 * share,
             halfway=80 * share,
             halvings=10,
