@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from rematerialize import torch_private as private
 from rematerialize.capture import Kernel, KernelCost
 from rematerialize.capture.aliasing import tensors_of
+from rematerialize.capture.masks import draw_bytes
 from rematerialize.errors import RematerializeError, did_you_mean
 
 aten = torch.ops.aten
@@ -139,8 +140,8 @@ class AnalyticCostModel:
     """Costs by formula; stands in wherever `measure.CostModel` does.
 
     Workspace is modelled for convolutions, as one copy of the image that the kernel reads (libraries reorder it, and
-    the weight, into their own layout), and for LSTM layers, whose saved gates have no size before they run; it is 0
-    for everything else.
+    the weight, into their own layout), for LSTM layers, whose saved gates have no size before they run, and for draws
+    that become bytes; it is 0 for everything else.
 
     Parameters
     ----------
@@ -219,6 +220,8 @@ def call_bytes(node: fx.Node) -> int:
     packet = getattr(node.target, "_overloadpacket", node.target)
     if packet in _FRESH:
         return 0
+    if node.target is draw_bytes:  # they are numbers before they are bytes
+        return 2 * _workspace_bytes(node)
     written = sum(_touched_bytes(tensor) for _, tensor in tensors_of(node.meta["val"]))
     sources = [[tensor for _, tensor in tensors_of(source.meta["val"])] for source in node.all_input_nodes]
     reads = [sum(_touched_bytes(tensor) for tensor in tensors) for tensors in sources]
@@ -237,6 +240,8 @@ _CONVOLUTIONS = frozenset({aten.convolution, aten.convolution_backward})
 
 
 def _workspace_bytes(head: fx.Node) -> int:
+    if head.target is draw_bytes:
+        return int(head.meta["val"].numel() * head.kwargs["dtype"].itemsize)  # type: ignore[union-attr]
     if getattr(head.target, "_overloadpacket", None) not in _CONVOLUTIONS:
         return 0
     source = head.args[0]

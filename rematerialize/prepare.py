@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from rematerialize.capture import (
 )
 from rematerialize.capture.generators import StateMoved
 from rematerialize.capture.lower import KernelCost
+from rematerialize.capture.masks import saved_bytes, with_byte_masks
 from rematerialize.capture.past import without_past
 from rematerialize.cost import DEVICES, AnalyticCostModel, DeviceSpec
 from rematerialize.cost_cache import CostCache, device_name
@@ -55,6 +56,7 @@ _TRIES = 3
 
 # The finer variant must save this share of the step: only the whole one has eager's bits.
 _BITS_WORTH = 0.05
+_MASKS_WORTH = 0.02  # of what storing everything takes: what masks of bytes must save to be searched, too
 
 
 @functools.lru_cache(maxsize=1)
@@ -131,6 +133,8 @@ class PreparedStep:
     device_name : str
     model, key
         What was captured, and the input signature for which.
+    masked : PreparedStep, optional
+        The same step with its random masks drawn as bytes, which cost less memory to keep and time to read.
     finer : PreparedStep, optional
         The same step with its fused recurrences split over time: lower peaks, equal up to rounding.
     """
@@ -147,11 +151,12 @@ class PreparedStep:
     device_name: str
     model: nn.Module
     key: Hashable
+    masked: PreparedStep | None = None
     finer: PreparedStep | None = None
 
     def variants(self) -> tuple[PreparedStep, ...]:
-        """Return this step, and the finer one if there is one."""
-        return (self,) if self.finer is None else (self, self.finer)
+        """Return this step, and those that compute the same in another way."""
+        return tuple(variant for variant in (self, self.masked, self.finer) if variant is not None)
 
     def minimum(self) -> int:
         """The smallest activation budget that works, in bytes."""
@@ -165,13 +170,14 @@ class PreparedStep:
         BudgetError
             When ``budget_bytes < minimum()``.
         """
+        exact = [one for one in (self, self.masked) if one is not None and one.planner.minimum() <= budget_bytes]
+        found = [(one, one.planner.solve(budget_bytes)) for one in exact]
+        best = min(found, key=lambda pair: pair[1].time_s, default=None)
         if self.finer is None or self.finer.planner.minimum() > budget_bytes:
-            return self, self.planner.solve(budget_bytes)
+            return best or (self, self.planner.solve(budget_bytes))
         fine = self.finer.planner.solve(budget_bytes)
-        if self.planner.minimum() <= budget_bytes:
-            whole = self.planner.solve(budget_bytes)
-            if whole.time_s <= fine.time_s + _BITS_WORTH * self.planner.store_all().time_s:
-                return self, whole
+        if best is not None and best[1].time_s <= fine.time_s + _BITS_WORTH * self.planner.store_all().time_s:
+            return best
         return self.finer, fine
 
     def full_checkpointing(self) -> Schedule:
@@ -202,9 +208,29 @@ def prepare(
     refuse_drivers(model)  # once more: it may have been sharded since it was wrapped
     with _ONE_AT_A_TIME:
         whole = _prepare(model, forward, inputs, False, options)
+        if saved_bytes(whole.kernels) > _MASKS_WORTH * whole.planner.store_all().peak_bytes:
+            whole.masked = byte_masks(whole, options)
         if whole.captured.splittable:
             whole.finer = _prepare(model, forward, inputs, True, options)
     return whole
+
+
+def byte_masks(whole: PreparedStep, options: PrepareOptions) -> PreparedStep:
+    """A step with its random masks drawn as bytes; measures what the calls cost that it has instead."""
+    start = time.perf_counter()
+    kernels = group_kernels(with_byte_masks(whole.kernels.normal))
+    graph = _lowered(whole.model, whole.captured, kernels, options)
+    planner = Planner(graph, solver=options.solver, time_limit_s=options.time_limit_s)
+    return replace(whole, kernels=kernels, graph=graph, planner=planner, cost_s=time.perf_counter() - start)
+
+
+def _lowered(model: nn.Module, captured: CapturedStep, kernels: KernelGraph, options: PrepareOptions) -> TrainingGraph:
+    return lower(
+        kernels,
+        _costs(kernels, options),
+        module_names={module: name for name, module in model.named_modules()},
+        primal_names=captured.primal_names(),
+    )
 
 
 def prepare_example(
@@ -239,12 +265,7 @@ def _prepare(
     kernels = group_captured(captured)
     captured_at = time.perf_counter()
     options.tell("capture", 1, 1)
-    graph = lower(
-        kernels,
-        _costs(kernels, options),
-        module_names={module: name for name, module in model.named_modules()},
-        primal_names=captured.primal_names(),
-    )
+    graph = _lowered(model, captured, kernels, options)
     costed_at = time.perf_counter()
     _log.info(
         "captured %d ops in %.2f s, measured their costs in %.2f s",
