@@ -220,8 +220,8 @@ def call_bytes(node: fx.Node) -> int:
     packet = getattr(node.target, "_overloadpacket", node.target)
     if packet in _FRESH:
         return 0
-    if node.target is draw_bytes:  # they are numbers before they are bytes
-        return 2 * _workspace_bytes(node)
+    if node.target is draw_bytes:  # as much as drawing numbers, which is what it comes down to
+        return 2 * _drawn_bytes(node)
     written = sum(_touched_bytes(tensor) for _, tensor in tensors_of(node.meta["val"]))
     sources = [[tensor for _, tensor in tensors_of(source.meta["val"])] for source in node.all_input_nodes]
     reads = [sum(_touched_bytes(tensor) for tensor in tensors) for tensors in sources]
@@ -241,12 +241,17 @@ _CONVOLUTIONS = frozenset({aten.convolution, aten.convolution_backward})
 
 def _workspace_bytes(head: fx.Node) -> int:
     if head.target is draw_bytes:
-        return int(head.meta["val"].numel() * head.kwargs["dtype"].itemsize)  # type: ignore[union-attr]
+        return 0 if head.kwargs["direct"] else _drawn_bytes(head)
     if getattr(head.target, "_overloadpacket", None) not in _CONVOLUTIONS:
         return 0
     source = head.args[0]
     assert isinstance(source, fx.Node)
     return _touched_bytes(source.meta["val"])
+
+
+def _drawn_bytes(node: fx.Node) -> int:
+    """Bytes of the numbers that are drawn as bytes."""
+    return int(node.meta["val"].numel() * node.kwargs["dtype"].itemsize)  # type: ignore[union-attr]
 
 
 def _hidden_outputs(head: fx.Node) -> dict[int, int]:

@@ -16,6 +16,7 @@ import rematerialize as remat
 from rematerialize.api import choose
 from rematerialize.budget import read_budget
 from rematerialize.capture.masks import draw_bytes
+from rematerialize.cost import DEVICES
 from rematerialize.prepare import PreparedStep, PrepareOptions, bind_inputs, byte_masks, matching_variant, prepare
 from rematerialize.solve import Planner
 from tests.twins import assert_same_step, run_by, step_of, twins
@@ -57,6 +58,10 @@ def transposed(x: Tensor, _: torch.Generator) -> Tensor:
     return torch.empty_like(x.T).bernoulli_(0.7).T
 
 
+def evens(x: Tensor, _: torch.Generator) -> Tensor:
+    return torch.zeros_like(x).bernoulli_()
+
+
 def with_holes(x: Tensor, _: torch.Generator) -> Tensor:
     """A mask in a layout that no cast would keep."""
     return torch.empty_strided((256, 64), (128, 2), dtype=x.dtype).bernoulli_(0.7)
@@ -69,6 +74,7 @@ MASKS: dict[str, tuple[Mask, torch.dtype]] = {
     "channels last": (channels_last, torch.float32),
     "a generator of its own": (with_a_generator, torch.float32),
     "transposed": (transposed, torch.float32),
+    "of even odds": (evens, torch.float32),
 }
 
 
@@ -129,7 +135,10 @@ def test_an_output_that_is_a_mask_is_eagers() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("stride", [(1000, 1), (1, 300)])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_bytes_are_drawn_as_numbers_are(dtype: torch.dtype, stride: tuple[int, int], threads: int) -> None:
+@pytest.mark.parametrize("direct", [False, True])
+def test_bytes_are_drawn_as_numbers_are(
+    dtype: torch.dtype, stride: tuple[int, int], threads: int, direct: bool
+) -> None:
     torch.set_num_threads(threads)  # the fixture puts it back
     shape = (300, 1000)
     for p in (0.1, 0.5, 0.97):
@@ -137,7 +146,7 @@ def test_bytes_are_drawn_as_numbers_are(dtype: torch.dtype, stride: tuple[int, i
         numbers = torch.empty_strided(shape, stride, dtype=dtype).bernoulli_(p)
         after = torch.get_rng_state()
         torch.manual_seed(3)
-        drawn = draw_bytes(shape, stride, p, dtype=dtype, device=torch.device("cpu"))
+        drawn = draw_bytes(shape, stride, p, dtype=dtype, device=torch.device("cpu"), direct=direct)
         assert drawn.dtype == torch.uint8
         assert drawn.stride() == stride
         assert torch.equal(drawn.to(dtype), numbers)
@@ -190,3 +199,12 @@ def test_small_masks_are_not_planned_twice() -> None:
 
     torch.manual_seed(1)
     assert prepared(Paths(), torch.randn(64, 16)).masked is None
+
+
+def test_by_formula_bytes_take_no_less_time_than_masks_where_everything_fits() -> None:
+    torch.manual_seed(1)
+    model, x = Block(), torch.randn(4096, 16)
+    options = PrepareOptions(device=DEVICES["2-core CPU"])
+    whole = prepare(model, model.forward, bind_inputs(model.forward, (x,)), options)
+    assert whole.masked is not None
+    assert whole.masked.planner.store_all().time_s > whole.planner.store_all().time_s

@@ -32,10 +32,13 @@ def draw_bytes(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    direct: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """What `bernoulli_` draws for a tensor of a type and layout, as bytes in the same layout."""
-    direct = device.type == "cpu" and _drawn_alike(dtype)
+    """What `bernoulli_` draws for a tensor of a type and layout, as bytes in the same layout.
+
+    ``direct``: without a tensor of that type in between, where `drawn_alike` allows it.
+    """
     fresh = torch.empty_strided(shape, stride, dtype=torch.uint8 if direct else dtype, device=device)
     return fresh.bernoulli_(p, generator=generator).to(torch.uint8)
 
@@ -44,13 +47,13 @@ draw_bytes.tags = (torch.Tag.nondeterministic_seeded,)  # type: ignore[attr-defi
 
 
 @functools.cache
-def _drawn_alike(dtype: torch.dtype) -> bool:
+def drawn_alike(dtype: torch.dtype) -> bool:
     """Whether the CPU draws the same for bytes: torch does so today, and doesn't promise it."""
     ways = []
     for kind in (dtype, torch.uint8):
-        own = torch.Generator().manual_seed(1)
-        plain = torch.empty(_PROBED, dtype=kind).bernoulli_(0.3, generator=own)
-        turned = torch.empty(_PROBED // 64, 64, dtype=kind).t().bernoulli_(0.9, generator=own)
+        own = torch.Generator("cpu").manual_seed(1)
+        plain = torch.empty(_PROBED, dtype=kind, device="cpu").bernoulli_(0.3, generator=own)
+        turned = torch.empty(_PROBED // 64, 64, dtype=kind, device="cpu").t().bernoulli_(0.9, generator=own)
         ways.append((plain.to(torch.uint8), turned.to(torch.uint8), own.get_state()))
     return all(torch.equal(one, other) for one, other in zip(*ways, strict=True))
 
@@ -102,7 +105,8 @@ def _bytes(node: fx.Node) -> int:
 def _drawn(graph: fx.Graph, mask: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
     value: Tensor = mask.meta["val"]
     kwargs = {name: copies[given] if isinstance(given, fx.Node) else given for name, given in mask.kwargs.items()}
-    kwargs |= {"dtype": value.dtype, "device": value.device}
+    direct = value.device.type == "cpu" and drawn_alike(value.dtype)
+    kwargs |= {"dtype": value.dtype, "device": value.device, "direct": direct}
     draws = graph.create_node(
         "call_function",
         draw_bytes,
