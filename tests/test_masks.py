@@ -190,6 +190,18 @@ def test_a_plan_within_a_budget_keeps_bytes_where_that_is_faster(tmp_path: Path)
         assert_same_step(step_of(eager, x, seed=turn), step_of(ours, x, seed=turn))
 
 
+def test_where_everything_fits_the_step_stays_as_it_is_whatever_its_masks_were_measured_to_cost() -> None:
+    torch.manual_seed(1)
+    model, x = Block(), torch.randn(4096, 16)
+    whole = prepared(model, x)
+    assert whole.masked is not None
+    free = replace(whole.masked.graph, ops=tuple(replace(op, time_s=0.0) for op in whole.masked.graph.ops))
+    cheap = replace(whole, masked=replace(whole.masked, graph=free, planner=Planner(free)))
+    variant, schedule = cheap.solve(whole.planner.store_all().peak_bytes)
+    assert variant is cheap
+    assert len(schedule.forward) + len(schedule.backward) == len(whole.graph.ops)
+
+
 def test_small_masks_are_not_planned_twice() -> None:
     class Paths(Block):
         def forward(self, x: Tensor) -> Any:
