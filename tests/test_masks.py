@@ -220,3 +220,19 @@ def test_by_formula_bytes_take_no_less_time_than_masks_where_everything_fits() -
     whole = prepare(model, model.forward, bind_inputs(model.forward, (x,)), options)
     assert whole.masked is not None
     assert whole.masked.planner.store_all().time_s > whole.planner.store_all().time_s
+
+
+def filled(x: Tensor, _: torch.Generator) -> Tensor:
+    return torch.empty_like(x).bernoulli_(0.7)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_masks_as_bytes_on_the_gpu_are_eagers_bit_for_bit(dtype: torch.dtype) -> None:
+    eager, ours = (model.to("cuda") for model in twins(lambda: Dropping(filled, dtype)))
+    x = rows(dtype).to("cuda")
+    masked = byte_masks(prepared(ours, x), PrepareOptions())
+    assert sum("draw_bytes" in op.target for op in masked.graph.ops) == 2
+    run_by(ours, masked.build(masked.planner.solve(masked.planner.minimum())))
+    for turn in range(2):
+        assert_same_step(step_of(eager, x, seed=turn), step_of(ours, x, seed=turn))
