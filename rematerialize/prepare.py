@@ -30,7 +30,7 @@ from rematerialize.capture import (
 )
 from rematerialize.capture.generators import StateMoved
 from rematerialize.capture.lower import KernelCost
-from rematerialize.capture.masks import saved_bytes, with_byte_masks
+from rematerialize.capture.masks import draw_bytes, saved_bytes, with_byte_masks
 from rematerialize.capture.past import without_past
 from rematerialize.cost import DEVICES, AnalyticCostModel, DeviceSpec
 from rematerialize.cost_cache import CostCache, device_name
@@ -56,7 +56,6 @@ _TRIES = 3
 
 # The finer variant must save this share of the step: only the whole one has eager's bits.
 _BITS_WORTH = 0.05
-_ROUNDED = 1 + 1e-9  # times are added up in another order in each plan
 _MASKS_WORTH = 0.02  # of what storing everything takes: what masks of bytes must save to be searched, too
 
 
@@ -120,6 +119,8 @@ class PreparedStep:
     ----------
     captured : CapturedStep
     kernels : KernelGraph
+    costs : mapping of str to KernelCost
+        By kernel name.
     graph : TrainingGraph
     planner : Planner
         Its search is shared by all budgets.
@@ -142,6 +143,7 @@ class PreparedStep:
 
     captured: CapturedStep
     kernels: KernelGraph
+    costs: Mapping[str, KernelCost]
     graph: TrainingGraph
     planner: Planner
     resident_bytes: int
@@ -173,13 +175,11 @@ class PreparedStep:
         """
         exact = [one for one in (self, self.masked) if one is not None and one.planner.minimum() <= budget_bytes]
         found = [(one, one.planner.solve(budget_bytes)) for one in exact]
-        # What seems faster than storing everything owes that to the noise of measured costs: there, this step it is.
-        stored_s = self.planner.store_all().time_s * _ROUNDED
-        best = min(found, key=lambda pair: max(pair[1].time_s, stored_s), default=None)
+        best = min(found, key=lambda pair: pair[1].time_s, default=None)
         if self.finer is None or self.finer.planner.minimum() > budget_bytes:
             return best or (self, self.planner.solve(budget_bytes))
         fine = self.finer.planner.solve(budget_bytes)
-        if best is not None and best[1].time_s <= fine.time_s + _BITS_WORTH * stored_s:
+        if best is not None and best[1].time_s <= fine.time_s + _BITS_WORTH * self.planner.store_all().time_s:
             return best
         return self.finer, fine
 
@@ -219,18 +219,32 @@ def prepare(
 
 
 def byte_masks(whole: PreparedStep, options: PrepareOptions) -> PreparedStep:
-    """A step with its random masks drawn as bytes; measures what the calls cost that it has instead."""
+    """A step with its random masks drawn as bytes; measures what the calls cost that it has instead.
+
+    Both ways draw alike, so a mask takes no less time in two calls than in one, whatever each was measured to take:
+    noise would make the one step look faster than the other where everything is stored.
+    """
     start = time.perf_counter()
     kernels = group_kernels(with_byte_masks(whole.kernels.normal))
-    graph = _lowered(whole.model, whole.captured, kernels, options)
+    costs = dict(_costs(kernels, replace(options, progress=None)))
+    for kernel in kernels.kernels:
+        if kernel.calls and kernel.head.target is draw_bytes:
+            at_once = whole.costs[whole.kernels.makers[kernel.head.meta["mask"]].name]
+            (cast,) = kernel.head.users
+            least_s = at_once.time_s - costs[kernels.makers[cast].name].time_s
+            costs[kernel.name] = replace(costs[kernel.name], time_s=max(costs[kernel.name].time_s, least_s))
+    graph = _lowered(whole.model, whole.captured, kernels, costs)
     planner = Planner(graph, solver=options.solver, time_limit_s=options.time_limit_s)
-    return replace(whole, kernels=kernels, graph=graph, planner=planner, cost_s=time.perf_counter() - start)
+    took_s = time.perf_counter() - start
+    return replace(whole, kernels=kernels, costs=costs, graph=graph, planner=planner, cost_s=took_s)
 
 
-def _lowered(model: nn.Module, captured: CapturedStep, kernels: KernelGraph, options: PrepareOptions) -> TrainingGraph:
+def _lowered(
+    model: nn.Module, captured: CapturedStep, kernels: KernelGraph, costs: Mapping[str, KernelCost]
+) -> TrainingGraph:
     return lower(
         kernels,
-        _costs(kernels, options),
+        costs,
         module_names={module: name for name, module in model.named_modules()},
         primal_names=captured.primal_names(),
     )
@@ -268,7 +282,8 @@ def _prepare(
     kernels = group_captured(captured)
     captured_at = time.perf_counter()
     options.tell("capture", 1, 1)
-    graph = _lowered(model, captured, kernels, options)
+    costs = _costs(kernels, options)
+    graph = _lowered(model, captured, kernels, costs)
     costed_at = time.perf_counter()
     _log.info(
         "captured %d ops in %.2f s, measured their costs in %.2f s",
@@ -281,6 +296,7 @@ def _prepare(
     return PreparedStep(
         captured=captured,
         kernels=kernels,
+        costs=costs,
         graph=graph,
         planner=Planner(graph, solver=options.solver, time_limit_s=options.time_limit_s),
         resident_bytes=_storage_bytes([*tensors, *gradients]),

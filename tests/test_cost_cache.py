@@ -96,8 +96,10 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytes
     again: list[Any] = []
     monkeypatch.setattr(measure, "_time", lambda *args: again.append(args) or time_of(*args))
     planned(tmp_path)
-    assert len(again) == len(kept) - 3
-    assert all(measured.warm for measured in CostCache(tmp_path).load().values())
+    known = CostCache(tmp_path).load()
+    assert kept.keys() < known.keys()  # masks as bytes have kernels of their own, which come last
+    assert len(again) == len(known) - 3
+    assert all(measured.warm for measured in known.values())
 
 
 def test_progress_counts_up_to_the_end(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def _drawn(graph: fx.Graph, mask: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx
         kwargs,
         f"{mask.name}_draws",
     )
-    draws.meta = {**mask.meta}
+    draws.meta = {**mask.meta, "mask": mask}
     with value.fake_mode:  # type: ignore[attr-defined]
         draws.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=torch.uint8, device=value.device)
     cast = graph.create_node("call_function", aten._to_copy.default, (draws,), {"dtype": value.dtype}, mask.name)
