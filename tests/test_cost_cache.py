@@ -11,7 +11,7 @@ from torch import nn
 
 import rematerialize as remat
 from rematerialize import cost_cache, measure
-from rematerialize.capture.lower import KernelCost
+from rematerialize.capture import Kernel, KernelCost
 from rematerialize.cost_cache import CostCache, MeasuredCost
 
 
@@ -124,3 +124,19 @@ def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cost_cache.default_folder() == tmp_path / ".cache" / "rematerialize"
+
+
+def test_a_run_that_the_machine_held_up_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, took = [0.0], iter([2e-3, 20.0, 1e-3])
+
+    def run() -> torch.Tensor:
+        now[0] += next(took)
+        return torch.zeros(1)
+
+    kernel = Kernel("op", "forward", [], [], [])
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "_prepare", lambda _kernel: run)
+        patched.setattr(measure.time, "perf_counter", lambda: now[0])
+        measured = measure._time(kernel, 0.02)
+    assert measured == pytest.approx(2e-3)
+    assert next(took, None) is None
