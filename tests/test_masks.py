@@ -97,7 +97,7 @@ def with_given_costs(step: PreparedStep) -> PreparedStep:
 
 
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("share", [0, 30, 100])
+@pytest.mark.parametrize("share", [0, 50])
 def test_masks_as_bytes_are_eagers_bit_for_bit(kind: str, share: int) -> None:
     mask, dtype = MASKS[kind]
     eager, ours = twins(lambda: Dropping(mask, dtype))

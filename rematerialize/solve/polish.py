@@ -88,7 +88,7 @@ def effort_for(ops: int) -> Effort:
             second=200 * share,
             squeeze=1_800 * share,
             halfway=240 * share,
-            halvings=10,
+            halvings=7,
             exchanges=3,
             stride=1,
         )
