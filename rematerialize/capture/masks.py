@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from rematerialize.capture.aliasing import phase_of
 from rematerialize.capture.kernels import KernelGraph
-from rematerialize.capture.normalize import NormalGraph
+from rematerialize.capture.normalize import NormalGraph, drop_dead
 from rematerialize.capture.random import bernoulli_as
 
 aten = torch.ops.aten
@@ -71,10 +71,7 @@ def with_byte_masks(normal: NormalGraph) -> NormalGraph:
     copies: dict[fx.Node, fx.Node] = {}
     for node in joint.graph.nodes:
         copies[node] = _drawn(graph, node, copies) if node in masks else graph.node_copy(node, copies.__getitem__)
-    for node in joint.graph.nodes:
-        if node.op == "call_function" and not node.users.keys() - masks and node.users:
-            graph.erase_node(copies[node])  # what was filled with the draws: nobody reads it now
-    return NormalGraph(
+    copied = NormalGraph(
         replace(
             joint,
             graph=graph,
@@ -86,6 +83,8 @@ def with_byte_masks(normal: NormalGraph) -> NormalGraph:
         tuple(copies[node] for node in normal.effects),
         {copies[node]: tuple(copies[primal] for primal in primals) for node, primals in normal.written.items()},
     )
+    drop_dead(copied)  # what the draws were filled into: nobody reads it now
+    return copied
 
 
 def _masks(graph: fx.Graph) -> Iterator[fx.Node]:

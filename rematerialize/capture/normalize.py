@@ -61,7 +61,7 @@ def normalize(joint: private.JointTrace) -> NormalGraph:
     _write_mutations(joint, pending, written)
     gradients = _own_gradients(joint)
     normal = NormalGraph(replace(joint, mutations=(), gradients=gradients), tuple(written), written)
-    _drop_dead(normal)
+    drop_dead(normal)
     return normal
 
 
@@ -282,7 +282,7 @@ def _dense_strides(like: Tensor) -> list[int]:
     return list(torch.empty_like(like, device="meta").stride())
 
 
-def _drop_dead(normal: NormalGraph) -> None:
+def drop_dead(normal: NormalGraph) -> None:
     """Keep what outputs, gradients, effects and the generator's state need; drop the rest."""
     joint = normal.joint
     output = next(node for node in reversed(joint.graph.nodes) if node.op == "output")

@@ -206,9 +206,10 @@ class Planner:
         """Return the best plan found within a level between two plans, never faster than the one above."""
         polisher = self._polisher
         assert polisher is not None
-        at = bisect_right(self._raw, level, key=lambda point: point.peak_bytes)
-        lower = [below, *(point for point in self._raw[at - 1 : at] if point is not below)]
-        higher = self._raw[at : at + HIGHER] if len(self._given.names) <= LARGE else []
+        fastest = self._fastest_within(level)
+        lower = [below] if fastest is below else [below, fastest]
+        above_it = bisect_right(self._raw, level, key=lambda point: point.peak_bytes)
+        higher = self._raw[above_it : above_it + HIGHER] if len(self._given.names) <= LARGE else []
         higher = [above, *(point for point in higher if point is not above), *self._starts]
 
         def run(start: Point) -> Point | None:
