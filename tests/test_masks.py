@@ -122,6 +122,21 @@ def test_a_mask_with_holes_stays_as_it_is() -> None:
     assert_same_step(step_of(eager, rows()), step_of(ours, rows()))
 
 
+def test_a_mask_that_nobody_reads_is_drawn_for_the_generators_state() -> None:
+    class Wasting(Dropping):
+        def forward(self, x: Tensor) -> Any:
+            self.mask(x, self.own)
+            return self.second(self.mask(x, self.own) * self.first(x)).sin()
+
+    eager, ours = twins(lambda: Wasting(dropping))
+    step = prepared(ours, rows())
+    assert step.masked is not None
+    masked = byte_masks(step, PrepareOptions())
+    assert sum("draw_bytes" in op.target for op in masked.graph.ops) == 1
+    run_by(ours, masked.build(masked.planner.solve(masked.planner.minimum())))
+    assert_same_step(step_of(eager, rows()), step_of(ours, rows()))
+
+
 def test_an_output_that_is_a_mask_is_eagers() -> None:
     class Telling(Dropping):
         def forward(self, x: Tensor) -> Any:

@@ -88,9 +88,12 @@ def with_byte_masks(normal: NormalGraph) -> NormalGraph:
 
 
 def _masks(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Draws of the forward whose type is larger than a byte, dense so that a cast keeps the layout."""
+    """Draws of the forward whose type is larger than a byte, dense so that a cast keeps the layout.
+
+    What nobody reads is drawn for the generator's state alone: it has nothing to cast.
+    """
     for node in graph.nodes:
-        if node.target is bernoulli_as and phase_of(node) == "forward":
+        if node.target is bernoulli_as and node.users and phase_of(node) == "forward":
             value = node.meta["val"]
             if value.element_size() > 1 and value.numel() and _bytes(node) == value.untyped_storage().nbytes():
                 yield node
