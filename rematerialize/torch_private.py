@@ -363,17 +363,19 @@ def autocast_casts(cast: Caster, forget: Callable[[], None], *, enabled: bool) -
         if threading.get_ident() == thread:
             forget()
 
-    library = Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    library, remembered = Library("aten", "IMPL"), torch.ops.aten.to.dtype._dispatch_cache  # type: ignore[no-untyped-call]
     torch.set_autocast_cache_enabled(enabled)
     torch.clear_autocast_cache, torch.set_autocast_enabled = cleared, switched  # type: ignore[assignment]
     try:
         for key in ("AutogradCPU", "AutogradCUDA"):
             library.impl("to.dtype", to, key)  # type: ignore[no-untyped-call]
+        remembered.clear()  # where an earlier trace of anything met the op, the Python dispatcher passes `to` by
         yield
     finally:
         torch.clear_autocast_cache, torch.set_autocast_enabled = clear, switch
         torch.set_autocast_cache_enabled(old)
         library._destroy()  # type: ignore[no-untyped-call]
+        remembered.clear()
 
 
 _AUTOCAST_KEYS = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}

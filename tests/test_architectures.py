@@ -8,7 +8,7 @@ from benchmarks.captures import CASES, ZOO, Case
 from benchmarks.captures.check import check
 from benchmarks.captures.records import PAGE, Captures, page
 
-pytestmark = pytest.mark.usefixtures("quick_costs")
+pytestmark = pytest.mark.usefixtures("quick_plans")
 
 
 def _params() -> list[object]:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import rematerialize as remat
 
+pytestmark = pytest.mark.usefixtures("quick_plans")
+
 
 class MLP(nn.Module):
     """Eight blocks, a buffer and dropout; ends in the loss."""

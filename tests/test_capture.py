@@ -20,7 +20,7 @@ from rematerialize.prepare import PreparedStep, bind_inputs, matching_variant, p
 from tests.twins import assert_same_step, at_minimum, run_by, step_of, twins
 from tests.zoo_small import LSTM, SMALL, Loss, images, rows
 
-pytestmark = pytest.mark.usefixtures("quick_costs")
+pytestmark = pytest.mark.usefixtures("quick_plans")
 
 
 def prepared(model: nn.Module, *inputs: Any) -> PreparedStep:
@@ -402,7 +402,7 @@ def test_an_lstm_that_is_planned_whole_is_eagers_bit_for_bit() -> None:
         assert_same_step(step_of(eager, x, seed=turn), step_of(ours, x, seed=turn))
 
 
-def test_a_step_captured_again_is_the_same_step(quick_costs: None) -> None:
+def test_a_step_captured_again_is_the_same_step(quick_plans: None) -> None:
     """Torch's cache of fake results, warm from the first trace, must not show: plans are carried between processes."""
     model, inputs = nn.LSTM(8, 8), (torch.randn(40, 2, 8),)
     first, second = (prepare_example(model, inputs) for _ in range(2))

@@ -75,7 +75,7 @@ BUDGET = ("--activation-budget", "80%")
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_costs: None) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_plans: None) -> Path:
     (tmp_path / "verified_net.py").write_text(textwrap.dedent(CODE), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

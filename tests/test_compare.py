@@ -51,7 +51,7 @@ CODE = """
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_costs: None) -> None:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_plans: None) -> None:
     (tmp_path / "compared_net.py").write_text(textwrap.dedent(CODE), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

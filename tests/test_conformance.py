@@ -40,7 +40,7 @@ REASONS = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread(quick_costs: None) -> None:
+def one_thread(quick_plans: None) -> None:
     """Sums that threads split have an order of their own."""
 
 

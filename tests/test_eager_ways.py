@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._C import DispatchKey
+from torch._dispatch.python import enable_python_dispatcher
 from torch.nn import functional
 
 import rematerialize as remat
@@ -224,6 +226,16 @@ def test_autocast_casts_a_weight_once_per_region_as_in_eager(settings: dict[str,
     check_steps(lambda: Shared(_autocast(**settings)), x)
     model = Shared(_autocast(**settings))
     assert _casts(prepare(model, model.forward, bind_inputs(model.forward, (x,))), "cell.weight") == casts
+
+
+def test_a_cast_that_something_else_traced_before_makes_no_difference() -> None:
+    x, model = torch.randn(4, SIZE), Shared(_autocast())
+    torch.ops.aten.to.dtype._dispatch_cache.clear()
+    with enable_python_dispatcher():  # as torch.compile does, which remembers what it found for an op
+        torch.zeros(2, requires_grad=True).to(torch.bfloat16)
+    assert DispatchKey.AutogradCPU in torch.ops.aten.to.dtype._dispatch_cache
+    assert _casts(prepare(model, model.forward, bind_inputs(model.forward, (x,))), "cell.weight") == 3
+    check_steps(lambda: Shared(_autocast()), x)
 
 
 def test_autocast_around_the_model_casts_a_weight_once_per_call() -> None:

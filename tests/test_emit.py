@@ -19,7 +19,7 @@ from rematerialize.simulate import simulate
 from tests.twins import SEED, assert_same_step, gradients_of, run_by, same, step_of
 from tests.zoo_small import SMALL, Loss, Small, rows
 
-pytestmark = pytest.mark.usefixtures("quick_costs")
+pytestmark = pytest.mark.usefixtures("quick_plans")
 
 PEAK_SLACK_BYTES = 64 * 1024
 

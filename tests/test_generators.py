@@ -15,7 +15,7 @@ from rematerialize.prepare import bind_inputs, prepare
 from rematerialize.simulate import simulate
 from tests.twins import SEED, assert_same_step, at_minimum, plans_of, run_by, step_of, store_all
 
-pytestmark = pytest.mark.usefixtures("quick_costs")
+pytestmark = pytest.mark.usefixtures("quick_plans")
 
 OUTSIDE = torch.Generator()
 

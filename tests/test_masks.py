@@ -23,7 +23,7 @@ from rematerialize.prepare import PreparedStep, PrepareOptions, bind_inputs, byt
 from rematerialize.solve import Planner
 from tests.twins import assert_same_step, run_by, step_of, twins
 
-pytestmark = pytest.mark.usefixtures("quick_costs")
+pytestmark = pytest.mark.usefixtures("quick_plans")
 
 Mask = Callable[[Tensor, torch.Generator], Tensor]
 

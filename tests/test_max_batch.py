@@ -11,6 +11,8 @@ from rematerialize.analytic import on_fake_tensors
 from rematerialize.errors import RematerializeError, UnitError
 from rematerialize.targets.inputs import resized
 
+pytestmark = pytest.mark.usefixtures("quick_plans")
+
 WIDTH = 64
 
 

@@ -30,7 +30,7 @@ from tests.twins import (
     twins,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_costs")
+pytestmark = pytest.mark.usefixtures("quick_plans")
 
 WRAPS: dict[str, Callable[..., nn.Module]] = {"stored": lambda model, *_: store_all(model), "minimum": at_minimum}
 

@@ -33,7 +33,7 @@ from tests.twins import (
     twins,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_costs")
+pytestmark = pytest.mark.usefixtures("quick_plans")
 
 
 class Net(nn.Module):

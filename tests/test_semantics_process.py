@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import rematerialize as remat
 from tests.twins import assert_same_step, at_minimum, gradients_of, same, step_of, twins
 
-pytestmark = pytest.mark.usefixtures("quick_costs")
+pytestmark = pytest.mark.usefixtures("quick_plans")
 _PATIENCE_S = 120  # two orders above what a child needs: it is there to turn a hang into a failure
 
 

@@ -18,7 +18,7 @@ from rematerialize import prepare as prepare_module
 from rematerialize.solve import Planner
 from tests.twins import assert_same_step, plans_of, step_of, store_all, twins
 
-pytestmark = pytest.mark.usefixtures("quick_costs")
+pytestmark = pytest.mark.usefixtures("quick_plans")
 
 
 class MLP(nn.Module):
@@ -152,7 +152,7 @@ def planned(**options: Any) -> remat.Plan:
     return remat.plan(MLP(), (batch(),), **options)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def minimum() -> int:
     return planned(activation_budget="100%").minimum_bytes
 

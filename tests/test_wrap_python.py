@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 import rematerialize as remat
 from tests.twins import assert_same_step, at_minimum, plans_of, step_of, store_all, twins
 
-pytestmark = pytest.mark.usefixtures("quick_costs")
+pytestmark = pytest.mark.usefixtures("quick_plans")
 
 
 class Linear(nn.Module):

@@ -29,6 +29,8 @@ from rematerialize.harness import (
 from rematerialize.peers import Ours
 from rematerialize.zoo import MODELS
 
+pytestmark = pytest.mark.usefixtures("quick_plans")
+
 BUDGETS = ("70%", "50%", "30%", "minimum")
 OFTEN = ("minimum",)  # the other budgets are slow for all but a few models: too much for every landing
 EVERY_BUDGET = ("gpt", "unet", "resnet50", "lstm")
