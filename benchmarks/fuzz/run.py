@@ -20,6 +20,7 @@ from benchmarks.fuzz.strategies import recipes
 CHUNK = 250  # examples per Hypothesis run: it draws small ones first
 MEMORY_BYTES = 8 << 30  # of a process: what needs more is a failure with a recipe, and not the machine's end
 TOLD = 50  # failures that are kept
+AHEAD = 4  # batches given out per process: they are counted in order, and one may hold recipes of a minute each
 AGAIN = 3  # more checks of one that failed: some depend on what the process did before, or on nothing known
 
 
@@ -111,11 +112,11 @@ def fuzz(examples: int, limit_s: float, jobs: int, every: Callable[[Tally], None
     deadline = time.time() + limit_s
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, initializer=quiet_start, max_tasks_per_child=4) as pool:
-        ahead = deque(pool.submit(batch, tally.next_seed + k, deadline) for k in range(jobs))
+        ahead = deque(pool.submit(batch, tally.next_seed + k, deadline) for k in range(AHEAD * jobs))
         while ahead and tally.examples < examples:
             tally.take(ahead.popleft().result())
             if time.time() < deadline:
-                ahead.append(pool.submit(batch, tally.next_seed + jobs - 1, deadline))
+                ahead.append(pool.submit(batch, tally.next_seed + AHEAD * jobs - 1, deadline))
             every(tally)
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
