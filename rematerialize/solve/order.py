@@ -1,11 +1,11 @@
 """Orders of a step's ops that depend on the graph alone, not on the order it was given in.
 
 The forward is the post-order of a depth-first walk from its ends, deepest inputs first: what an op reads is
-made right before it. The backward takes one of the ops that are ready, by one of five rules: whose earliest
-forward value is the latest (an op that needs none goes with whoever reads it, or at once: "eager"), whose latest
-is, what frees most, or that together with all that read the same gradient. None is best on every graph, so
-the planner tries several. Ties go by what an op descends from, what descends from it, its neighbours, and where
-its inputs stand, so that only ops that nothing tells apart keep the given order.
+made right before it. Or it goes by depth, as most programs are written. The backward takes one of the ops that are
+ready, by one of five rules: whose earliest forward value is the latest (an op that needs none goes with whoever reads
+it, or at once: "eager"), whose latest is, what frees most, or that together with all that read the same gradient. None
+is best on every graph, so the planner tries several. Ties go by what an op descends from, what descends from it, its
+neighbours, and where its inputs stand, so that only ops that nothing tells apart keep the given order.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Rule = Literal["earliest", "eager", "latest", "frees", "together"]
 RULES: tuple[Rule, ...] = ("earliest", "eager", "latest", "frees", "together")
 
 
-def canonical_orders(step: Step, rules: tuple[Rule, ...] = RULES) -> list[tuple[int, ...]]:
+def canonical_orders(step: Step, rules: tuple[Rule, ...] = RULES, *, by_depth: bool = False) -> list[tuple[int, ...]]:
     """Return the ops in executable orders, the forward first: one per rule, no repeats. O(edges log edges)."""
     colour = _colours(step)
-    forward = _depth_first(step, colour, range(step.forwards))
+    forward = (_by_depth if by_depth else _depth_first)(step, colour, range(step.forwards))
     return list(dict.fromkeys((*forward, *_backward(step, forward, colour, rule)) for rule in rules))
 
 
@@ -58,13 +58,24 @@ def _colours(step: Step) -> list[int]:
     return colour
 
 
-def _depth_first(step: Step, colour: list[int], ops: range) -> list[int]:
-    """Return the post-order of a walk over one part of the step from its ends, deepest inputs first."""
+def _depths(step: Step, ops: range) -> tuple[dict[int, list[int]], dict[int, int]]:
+    """Return whom each op of one part of the step reads from, and how many ops stand in a row before it."""
     depth: dict[int, int] = {}
     makers: dict[int, list[int]] = {}
     for op in ops:
         makers[op] = [maker for maker in {step.producer[value] for value in step.inputs[op]} if maker in ops]
         depth[op] = 1 + max((depth[maker] for maker in makers[op]), default=0)
+    return makers, depth
+
+
+def _by_depth(step: Step, colour: list[int], ops: range) -> list[int]:
+    _, depth = _depths(step, ops)
+    return sorted(ops, key=lambda op: (depth[op], colour[op], op))
+
+
+def _depth_first(step: Step, colour: list[int], ops: range) -> list[int]:
+    """Return the post-order of a walk over one part of the step from its ends, deepest inputs first."""
+    makers, depth = _depths(step, ops)
     for found in makers.values():
         found.sort(key=lambda op: (depth[op], colour[op], op))
     read = {maker for found in makers.values() for maker in found}

@@ -17,7 +17,7 @@ from rematerialize.simulate import simulate
 from rematerialize.solve.bounds import makespan_bound
 from rematerialize.solve.native import FlatStep, available
 from rematerialize.solve.order import RULES, canonical_orders
-from rematerialize.solve.polish import LARGE, MEDIUM, SMALL, Point, Polisher, fronts, side_by_side
+from rematerialize.solve.polish import LARGE, MEDIUM, SMALL, Point, Polisher, fronts, side_by_side, steep_below
 from rematerialize.solve.step import Plan, Step, compile_step
 
 LEVELS = 18  # between the minimum and store-all
@@ -27,6 +27,7 @@ STEEP = 3  # levels at the minimum for which plans from store-all down are tried
 TWICE = ("chain", "descent")  # the solvers that plan larger steps in two orders
 EXACTLY = "descent"  # the solver that goes down to the very levels it is asked for: once more, when they are known
 HIGHER = 2  # plans of the portfolio above a level between two others from which a descent to it starts
+HARD_BETWEEN = 3  # how much more halfway plans of small steps get near the minimum, where searched levels get `HARD`
 MOST_RUNS = 1_000  # per op, on average, of a plan: some steps get lower still by any number of executions
 FINE, COARSE = 0.2, 0.05  # effort of the lower bound, for small steps and others
 ROUNDED = 1 + 1e-12  # the judge may add times up in another order
@@ -137,6 +138,7 @@ class Planner:
         levels: list[Point] = []
         if self._polisher and not self._late():
             points += self._polisher.squeeze(points)
+            points += self._polisher.squeeze(self._by_depth())
             least = min(point.peak_bytes for point in points)
             stride = self._polisher.effort.stride
             wanted = [least + (high - least) * part // LEVELS for part in range(1, LEVELS)][::stride]
@@ -150,11 +152,20 @@ class Planner:
             if lower:
                 # Only what the canonical orders can't reach may depend on the order that was given.
                 floor = min(point.peak_bytes for point in lower)
-                levels += self._polisher.levels(lower, [floor + (least - floor) * part // 4 for part in range(4)])
+                below = self._polisher.levels(lower, [floor + (least - floor) * part // 4 for part in range(4)])
+                levels += [*below, *self._polisher.raised(below, levels)]
                 points += lower
         self._raw = list(fronts([*points, *levels, self._store_all]))
         self._archive = list(fronts([*(levels or points), self._raw[0], self._store_all]))
         return self._archive
+
+    def _by_depth(self) -> list[Point]:
+        """Return small steps' plans that store everything, in orders that the portfolio doesn't try."""
+        if len(self._given.names) > SMALL:
+            return []
+        orders = canonical_orders(self._given, by_depth=True)
+        plans = [self._mapped(self._given.reordered(order).store_all(), order) for order in orders]
+        return [self._point(plan, "store_all", len(self._orders) + rank) for rank, plan in enumerate(plans)]
 
     def _plans(self, name: str, unit: int, levels: Sequence[int]) -> Iterator[tuple[int, Plan]]:
         """Yield what a solver makes of the step in its canonical order, and in the order it was given in.
@@ -189,12 +200,12 @@ class Planner:
             return min(best, self._fastest_within(budget_bytes), key=lambda point: point.time_s)
         above = self._archive[index + 1]
         high = above.peak_bytes
-        for _ in range(self._polisher.effort.halvings):
+        for turn in range(self._polisher.effort.halvings):
             level = (low + high) // 2
             if level <= low:
                 break
             if (low, high) not in self._between:
-                self._between[low, high] = self._halfway(best, above, level)
+                self._between[low, high] = self._halfway(best, above, level, turn)
             middle = self._between[low, high]
             if level <= budget_bytes:
                 low, best = level, middle
@@ -202,8 +213,11 @@ class Planner:
                 high, above = level, middle
         return min(best, self._fastest_within(budget_bytes), key=lambda point: point.time_s)
 
-    def _halfway(self, below: Point, above: Point, level: int) -> Point:
-        """Return the best plan found within a level between two plans, never faster than the one above."""
+    def _halfway(self, below: Point, above: Point, level: int, turn: int) -> Point:
+        """Return the best plan found within a level between two plans, never faster than the one above.
+
+        Searches differ by turn: where sizes are few, the levels between two others are all the same to them.
+        """
         polisher = self._polisher
         assert polisher is not None
         fastest = self._fastest_within(level)
@@ -212,10 +226,16 @@ class Planner:
         higher = self._raw[above_it : above_it + HIGHER] if len(self._given.names) <= LARGE else []
         higher = [above, *(point for point in higher if point is not above), *self._starts]
 
+        work = polisher.effort.halfway
+        if len(self._given.names) <= SMALL and level <= steep_below(
+            self._archive[0].peak_bytes, self._store_all.peak_bytes
+        ):
+            work *= HARD_BETWEEN
+
         def run(start: Point) -> Point | None:
             if start.peak_bytes <= level:
-                return polisher.at(start, level, work=2 * polisher.effort.halfway, seed=4)
-            return polisher.down(start, level, work=polisher.effort.halfway if start is above else 0)
+                return polisher.at(start, level, work=2 * work, seed=4 + 20 * turn)
+            return polisher.down(start, level, work=work if start is above else 0, seed=5 + 20 * turn)
 
         found = [point for point in side_by_side(run, [*lower, *higher]) if point is not None]
         if any(point.time_s < above.time_s for point in found):

@@ -186,7 +186,7 @@ class Polisher:
             return job[0] if self._late() else self.at(job[0], job[1], work=work, seed=2)
 
         ranked = sorted({*levels}, reverse=True)
-        steep = ranked[-1] * 150 // 100  # near the minimum plans differ most
+        steep = steep_below(ranked[-1], ranked[0])
         easy = ranked[0] * 6 // 10  # with so much room the first pass is within 0.3 % of the lower bound
         found = [(point, level) for point, level in zip(side_by_side(first, ranked), ranked, strict=True) if point]
         if self.effort.second:
@@ -240,6 +240,19 @@ class Polisher:
             if (work(at) or lower.time_s < plans[at].time_s) and not self._late():
                 plans[at] = self.better(plans[at], self.at(lower, levels[at], work=work(at) // 2, seed=3))
         return plans
+
+    def raised(self, lower: Sequence[Point], levels: Sequence[Point]) -> list[Point]:
+        """Return faster plans for levels, from the lowest up to where none is, by what was found below them since."""
+        best, found = min(lower, key=lambda point: point.time_s, default=None), []
+        for point in sorted(levels, key=by_peak):
+            if best is None or point.peak_bytes < best.peak_bytes or self._late():
+                continue
+            other = self.at(best, point.peak_bytes, work=self.effort.second, seed=7)
+            if other.time_s >= point.time_s:
+                break
+            best = other
+            found.append(other)
+        return found
 
     def _affordable(self, work: int, start: Point) -> int:
         """Return fewer moves where none but long plans fit: a move takes as long as the plan has executions of an op,
@@ -312,6 +325,11 @@ def _turns(work: int) -> list[int]:
     """Split the work of one search into restarts from its best plan: variety is worth more than length."""
     count = max(work // RESTART, min(work, 1))
     return [work // count] * count if count else []
+
+
+def steep_below(least: int, most: int) -> int:
+    """Return the level from which plans differ most down to the least memory."""
+    return max(least * 150 // 100, least + (most - least) * 15 // 100)
 
 
 def by_peak(point: Point) -> tuple[int, float, int]:
