@@ -21,6 +21,7 @@ Found = TypeVar("Found")
 THREADS = 2
 RESTART = 10_000  # moves after which a search starts again from its best plan
 HARD, HARDEST = 5, 17  # how much more levels near the minimum of a small step get, and the minimum itself
+ABOVE = 5  # levels next to the minimum of a small step from which descents to it start
 BULGE, BULGES = 0.001, 2  # how far, in shares of the time, a level may be off the line between its neighbours
 THRESHOLDS = (0.03, 0.3, 0.003)  # how much slower a plan may be to go on from, restart by restart
 SMALL = 400  # ops up to which quality goes before a second's wait
@@ -163,10 +164,11 @@ class Polisher:
             best: Point | None = None
             # Near the least memory there may be none but long ones.
             lowest = starts(possible, level)[:1]
+            moves = self.effort.first * (HARD if self.ops <= SMALL and level == ranked[-1] else 1)
             for start in starts(short, level)[: self.effort.starts] or lowest:
                 if self._late():
                     break
-                found = self.at(start, level, work=self._affordable(self.effort.first, start))
+                found = self.at(start, level, work=self._affordable(moves, start))
                 if best is None or found.time_s < best.time_s:
                     best = found
             return best
@@ -213,6 +215,9 @@ class Polisher:
             if self._late():
                 return point
             found = self.better(point, self.down(above, level, work=work, seed=11 + seed))
+            for higher in range(max(at - ABOVE, 0), at - 1) if lowest else ():
+                other = self.down(plans[higher], level, work=work // 2, seed=11 + seed + at - higher)
+                found = self.better(found, other)
             if not lowest:
                 found = self.better(found, self.at(plans[at + 1], level, work=work, seed=12 + seed))
             return self.better(found, self.at(point, level, work=work, seed=13 + seed))
