@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks.solver.capture import captured
 from benchmarks.solver.graphs import SHAPES, random_dag
+from benchmarks.solver.held_out import HELD_OUT
 from benchmarks.solver.models import LARGE, SMALL
-from benchmarks.solver.suite import DATA, find, large, read, small, synthetic, write
+from benchmarks.solver.suite import DATA, find, held_out, large, read, small, synthetic, write
 from rematerialize.ir import TrainingGraph
 from rematerialize.simulate import simulate
 
@@ -26,6 +27,7 @@ def store_all(graph: TrainingGraph) -> None:
 
 def test_there_is_one_file_per_model() -> None:
     assert set(small()) == set(SMALL)
+    assert set(held_out()) == set(HELD_OUT)
     assert set(large()) == set(LARGE)
 
 
@@ -33,9 +35,9 @@ def test_all_files_together_stay_small() -> None:
     assert sum(path.stat().st_size for path in FILES) < 4_000_000
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize("name", sorted({**SMALL, **HELD_OUT}))
 def test_a_small_graph_has_at_most_300_ops_and_can_be_replayed(name: str) -> None:
-    graph = small()[name]
+    graph = find(name)
     assert len(graph.ops) <= 300
     assert graph.gradients
     store_all(graph)

@@ -1,6 +1,6 @@
-"""Capture the models of `models.py` on fake tensors and write their graphs for `suite.py`.
+"""Capture the models of `models.py` and `held_out.py` on fake tensors and write their graphs for `suite.py`.
 
-python -m benchmarks.solver.capture [small | large | NAME ...]
+python -m benchmarks.solver.capture [small | held_out | large | NAME ...]
 
 Costs are the roofline's, to six digits. The same torch and library versions give the same bytes.
 """
@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 
+from benchmarks.solver.held_out import HELD_OUT
 from benchmarks.solver.models import LARGE, SMALL, Factory
 from benchmarks.solver.suite import DATA, write
 from rematerialize.analytic import analytic_graph, on_fake_tensors
@@ -31,11 +32,11 @@ def captured(factory: Factory) -> TrainingGraph:
 
 def main(wanted: list[str]) -> None:
     """Capture what is asked for, one line per graph."""
-    suites = {"small": SMALL, "large": LARGE}
+    suites = {"small": SMALL, "held_out": HELD_OUT, "large": LARGE}
     names = [name for suite in suites.values() for name in suite]
     unknown = [name for name in wanted if name not in suites and name not in names]
     if unknown:
-        sys.exit(f"no such graph: {', '.join(unknown)}; there are small, large, {', '.join(names)}")
+        sys.exit(f"no such graph: {', '.join(unknown)}; there are {', '.join(suites)}, {', '.join(names)}")
     print(f"{'graph':24s}{'ops':>8s}{'forward':>9s}{'step s':>10s}{'capture s':>11s}{'file KB':>9s}{'GiB so far':>12s}")
     for suite, factories in suites.items():
         for name, factory in factories.items():

@@ -94,7 +94,8 @@ def _text(model: gpt.GPT, batch: int, tokens: int, vocabulary: int) -> Made:
     return model, (text[0].clone(), text[1].clone() % vocabulary)
 
 
-def _gpt(layers: int, width: int, heads: int, batch: int, dropout: float, vocabulary: int = 50304) -> Made:
+def transformer(layers: int, width: int, heads: int, batch: int, dropout: float, vocabulary: int = 50304) -> Made:
+    """A GPT-2 of 1,024 tokens."""
     config = gpt.GPTConfig(layers, width, heads, 1024, batch, vocabulary, dropout)
     return _text(gpt.GPT(config), batch, 1024, vocabulary)
 
@@ -124,7 +125,8 @@ def _densenet() -> Made:
     return densenet.DenseNet121(config), (images, torch.zeros(config.batch, dtype=torch.long))
 
 
-def _resnet(depths: tuple[int, ...], batch: int) -> Made:
+def bottlenecks(depths: tuple[int, ...], batch: int) -> Made:
+    """A ResNet of bottleneck blocks, so many per stage, on ImageNet's images."""
     config = resnet.ImageConfig(width=64, pixels=224, batch=batch, classes=1000, depths=depths)
     images = torch.randn(batch, 3, config.pixels, config.pixels)
     return resnet.ResNet50(config), (images, torch.zeros(batch, dtype=torch.long))
@@ -158,7 +160,8 @@ def _uneven_chain() -> Made:
     return SquareLoss(*layers), (torch.randn(16, 3, 128, 128),)
 
 
-def _unrolled_lstm(steps: int, batch: int, hidden: int) -> Made:
+def unrolled_lstm(steps: int, batch: int, hidden: int) -> Made:
+    """One LSTM cell in a loop."""
     return UnrolledLSTM(hidden, hidden), (torch.randn(steps, batch, hidden),)
 
 
@@ -192,28 +195,29 @@ def _gcn() -> Made:
     return gcn.GCN(config), (torch.randn(config.nodes, config.width), edges, labels)
 
 
-def _random(nodes: int, seed: int, far: float) -> Made:
+def random_net(nodes: int, seed: int, far: float) -> Made:
+    """A `RandomNet` on 8,192 rows."""
     return RandomNet(nodes, seed, far), (torch.randn(8192, 256),)
 
 
 SMALL: Mapping[str, Factory] = {
     "gpt2-block": _gpt2_block,
-    "gpt2-2-layers": lambda: _gpt(2, 768, 12, 8, 0.0),
+    "gpt2-2-layers": lambda: transformer(2, 768, 12, 8, 0.0),
     "bert-2-layers": _bert,
     "unet": _unet,
     "densenet": _densenet,
-    "resnet-26": lambda: _resnet((2, 2, 2, 2), 32),
+    "resnet-26": lambda: bottlenecks((2, 2, 2, 2), 32),
     "three-towers": _towers,
     "uniform-chain": _uniform_chain,
     "uneven-chain": _uneven_chain,
-    "lstm-cell-10-steps": lambda: _unrolled_lstm(10, 256, 1024),
+    "lstm-cell-10-steps": lambda: unrolled_lstm(10, 256, 1024),
     "lstm-chunks": _lstm,
     "autoencoder": _autoencoder,
     "pinn": _pinn,
     "gcn": _gcn,
-    "random-near": lambda: _random(30, 1, 0.0),
-    "random-mixed": lambda: _random(40, 2, 0.3),
-    "random-far": lambda: _random(36, 3, 0.9),
+    "random-near": lambda: random_net(30, 1, 0.0),
+    "random-mixed": lambda: random_net(40, 2, 0.3),
+    "random-far": lambda: random_net(36, 3, 0.9),
 }
 
 
@@ -230,7 +234,7 @@ def _half() -> Iterator[None]:
 def _megatron() -> Made:
     """The 8.3-billion-parameter GPT of Shoeybi et al., "Megatron-LM" (2019)."""
     with _half():
-        return _gpt(72, 3072, 24, 8, 0.0, vocabulary=51200)
+        return transformer(72, 3072, 24, 8, 0.0, vocabulary=51200)
 
 
 def _llama() -> Made:
@@ -296,12 +300,12 @@ def _unet2d_condition() -> Made:
 
 
 LARGE: Mapping[str, Factory] = {
-    "gpt-12-layers": lambda: _gpt(12, 768, 12, 8, 0.1),
+    "gpt-12-layers": lambda: transformer(12, 768, 12, 8, 0.1),
     "megatron-72-layers": _megatron,
     "llama-24-layers": _llama,
     "t5-large": _t5,
     "swin-base": _swin,
-    "resnet-152": lambda: _resnet((3, 8, 36, 3), 64),
+    "resnet-152": lambda: bottlenecks((3, 8, 36, 3), 64),
     "unet2d-condition": _unet2d_condition,
-    "lstm-cell-1000-steps": lambda: _unrolled_lstm(1000, 64, 1024),
+    "lstm-cell-1000-steps": lambda: unrolled_lstm(1000, 64, 1024),
 }

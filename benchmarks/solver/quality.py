@@ -1,9 +1,11 @@
 """How far from the best: auto on small graphs against every solver, CP-SAT and long random searches.
 
-    python -m benchmarks.solver.quality [--exact-s S] [--long N] [--jobs N] [--resume] [GRAPH ... [-o FILE]]
+    python -m benchmarks.solver.quality [--exact-s S] [--long N] [--jobs N] [--resume]
+        [held_out | GRAPH ... [-o FILE]]
 
 Without ``--exact-s`` and ``--long`` the plans that earlier runs found stand in for theirs (`known.py`); every
-run adds what it finds. Graphs by name are a quick look: the record is only written with ``-o``.
+run adds what it finds. ``held_out`` is the suite that nothing is tuned on, with a record of its own. Graphs by
+name are a quick look: the record is only written with ``-o``.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from benchmarks.solver.records import (
     resumed,
     time_bound,
 )
-from benchmarks.solver.suite import small
+from benchmarks.solver.suite import find, held_out, small
 from rematerialize.errors import BudgetError
 from rematerialize.ir import TrainingGraph
 from rematerialize.schedule import Schedule
@@ -43,6 +45,7 @@ from rematerialize.solve.native import FlatStep, Workbench
 from rematerialize.solve.step import Plan, Step, compile_step
 
 FILE = RESULTS / "quality.json"
+HELD_OUT_FILE = RESULTS / "held_out.json"
 BUDGETS = 8
 LONG_MOVES = 200_000  # of one long search, about half a second; auto gives a level a few thousand
 THRESHOLDS = (0.003, 0.0005, 0.01, 0.03)  # of the long searches, in turn: how much worse a move may be
@@ -115,7 +118,7 @@ class _Bench:
 
 def measure(name: str, stored: dict[str, Any] | None, effort: Effort) -> tuple[GraphQuality, dict[str, Any]]:
     """Return one graph's figures, and everything that is known of it now."""
-    graph = small()[name]
+    graph = find(name)
     bench = _Bench(graph, Known(graph, stored))
     start = time.process_time()
     planner = Planner(graph)
@@ -177,10 +180,13 @@ def main() -> int:
     """Measure, print a line per graph, write the record."""
     args = _parse()
     now = provenance("benchmarks.solver.quality", sys.argv[1:], (*PACKAGES, "ortools"), args.seed)
-    path = args.output or (None if args.graphs else FILE)
+    suites = {"small": (small(), FILE), "held_out": (held_out(), HELD_OUT_FILE)}
+    asked = args.graphs or ["small"]
+    wanted, path = suites[asked[0]] if len(asked) == 1 and asked[0] in suites else (asked, None)
+    path = args.output or path
     before = known.load()
     rows = resumed(path, GraphQuality, now) if path and args.resume else {}
-    names = [name for name in args.graphs or small() if name not in rows]
+    names = [name for name in wanted if name not in rows]
     effort = Effort(args.exact_s, args.long, args.seed)
     print(f"{'graph':24s}{'ops':>6s}{'mean diff':>11s}{'max diff':>10s}{'proven':>8s}{'auto cpu s':>12s}   in points")
     with ProcessPoolExecutor(args.jobs) as pool:
@@ -190,7 +196,7 @@ def main() -> int:
             rows[row.graph] = row
             known.save(known.load() | {row.graph: found})  # another run may have saved other graphs
             if path:
-                ordered = tuple(rows[name] for name in small() if name in rows)
+                ordered = tuple(rows[name] for name in wanted if name in rows)
                 Record(now, ordered).save(path)
             apart = [100 * cell.difference for cell in row.cells]
             proven = f"{sum(cell.proven for cell in row.cells)}/{len(row.cells)}"

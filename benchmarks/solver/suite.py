@@ -1,6 +1,6 @@
 """The graphs on which solvers are judged, by name: captured ones from files, synthetic ones built when asked for.
 
-    from benchmarks.solver.suite import large, small, synthetic
+    from benchmarks.solver.suite import held_out, large, small, synthetic
     graph = small()["unet"]
 
 The files are written by `benchmarks/solver/capture.py`; reading them needs no torch.
@@ -62,6 +62,11 @@ def small() -> Graphs:
     return _files("small")
 
 
+def held_out() -> Graphs:
+    """Of the same kinds as the small ones, in other sizes: for judging what was tuned on those."""
+    return _files("held_out")
+
+
 def large() -> Graphs:
     """Captured from real models at their real depth: for judging speed and quality together."""
     return _files("large")
@@ -86,10 +91,11 @@ def find(name: str) -> TrainingGraph:
     """
     if Path(name).is_file():
         return read(Path(name))
-    for suite in (small(), large(), synthetic(), Graphs(graphs.SUITE)):
+    suites = (small(), held_out(), large(), synthetic(), Graphs(graphs.SUITE))
+    for suite in suites:
         if name in suite:
             return suite[name]
-    raise KeyError(f"{name}: neither a file nor one of {', '.join((*small(), *large(), *synthetic(), *graphs.SUITE))}")
+    raise KeyError(f"{name}: neither a file nor one of {', '.join(name for suite in suites for name in suite)}")
 
 
 def _sized(build: Callable[[int], TrainingGraph], ops: int) -> Callable[[], TrainingGraph]:
