@@ -23,7 +23,7 @@ from benchmarks.solver.records import (
     resumed,
 )
 from benchmarks.solver.report import pages, quality_page, scale_page, speed_page, summary
-from benchmarks.solver.suite import small
+from benchmarks.solver.suite import find, small
 from rematerialize.simulate import simulate
 from rematerialize.solve import Planner
 
@@ -80,7 +80,7 @@ def test_a_plot_of_another_record_is_stale(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(known.load()))
 def test_every_known_plan_replays_to_its_figures(name: str) -> None:
-    graph = small()[name]
+    graph = find(name)
     found = Known(graph, known.load()[name])
     assert found.plans, "the graph has changed since: delete its plans"
     for plan in found.plans:
@@ -163,7 +163,7 @@ def test_pages_tell_what_was_measured(tmp_path: Path) -> None:
     assert "never above any of them" in scale_page(Record(HERE, (SCALE,)))
     assert slopes(SPEED) == {"chain": pytest.approx(1.0)}
     assert "timeout" in speed_page(Record(HERE, SPEED))
-    for name, rows in (("quality", (QUALITY,)), ("scale", (SCALE,)), ("speed", SPEED)):
+    for name, rows in (("quality", (QUALITY,)), ("held_out", (QUALITY,)), ("scale", (SCALE,)), ("speed", SPEED)):
         Record(HERE, rows).save(tmp_path / f"{name}.json")
     text = summary(tmp_path)
     assert "1.000 points on average, 2.00 at most" in text

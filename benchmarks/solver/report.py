@@ -231,15 +231,17 @@ def summary(results: Path = RESULTS) -> str:
     ]
     note = (
         f"On {speed.provenance.device}; `python -m benchmarks.solver.quality`, `scale` and `speed`. Every cell:\n"
-        "[quality](benchmarks/results/solver/quality.md), [scale](benchmarks/results/solver/scale.md),\n"
-        "[speed](benchmarks/results/solver/speed.md)."
+        "[quality](benchmarks/results/solver/quality.md), [held out](benchmarks/results/solver/held_out.md),\n"
+        "[scale](benchmarks/results/solver/scale.md), [speed](benchmarks/results/solver/speed.md)."
     )
     return f"{markdown_table(['question', 'answer'], table, '<<')}\n\n{note}\n"
 
 
 def _apart(record: Record[GraphQuality]) -> str:
     apart = [100 * cell.difference for row in record.rows for cell in row.cells]
-    return f"{statistics.fmean(apart):.3f} points on average, {max(apart):.2f} at most"
+    high = sum(points > 1 for points in apart)
+    beyond = f", above 1 in {high} of {len(apart)} cells" if high else ""
+    return f"{statistics.fmean(apart):.3f} points on average, {max(apart):.2f} at most{beyond}"
 
 
 def _share(size_bytes: int, row: GraphQuality | GraphScale) -> str:
