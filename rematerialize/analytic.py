@@ -13,7 +13,8 @@ from torch import nn
 
 from rematerialize import torch_private as private
 from rematerialize.capture import capture, lower
-from rematerialize.cost import AnalyticCostModel, DeviceSpec
+from rematerialize.cost import AnalyticCostModel
+from rematerialize.device_table import DeviceSpec
 from rematerialize.ir import TrainingGraph
 from rematerialize.prepare import bind_inputs, check_model, group_captured
 

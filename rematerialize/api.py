@@ -71,7 +71,7 @@ def plan(
     optimizer : torch.optim.Optimizer or str, optional
         Count its state under ``budget``; a name such as "adamw" means its default options.
     device : str, optional
-        Where the model is expected to be ("cpu", "cuda"), or a device of ``rematerialize.cost.DEVICES`` such as
+        Where the model is expected to be ("cpu", "cuda"), or a device of ``rematerialize.device_table.DEVICES`` such as
         "NVIDIA H100 80GB": then costs are computed, and nothing is run.
     solver : str
         A name from ``rematerialize.solve.solvers()``, or "auto" for all of them.

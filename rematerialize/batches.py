@@ -16,8 +16,8 @@ from torch import nn
 
 from rematerialize.api import choose
 from rematerialize.budget import BudgetRequest, device_bytes, free_bytes, read_budget
-from rematerialize.cost import DEVICES
 from rematerialize.cost_cache import device_name
+from rematerialize.device_table import DEVICES
 from rematerialize.errors import CaptureError, RematerializeError
 from rematerialize.prepare import PreparedStep, home_of, prepare_example
 from rematerialize.report.table import plan_table

@@ -32,8 +32,9 @@ from rematerialize.capture.generators import StateMoved
 from rematerialize.capture.lower import KernelCost
 from rematerialize.capture.masks import draw_bytes, saved_bytes, with_byte_masks
 from rematerialize.capture.past import without_past
-from rematerialize.cost import DEVICES, AnalyticCostModel, DeviceSpec
+from rematerialize.cost import AnalyticCostModel
 from rematerialize.cost_cache import CostCache, device_name
+from rematerialize.device_table import DEVICES, DeviceSpec
 from rematerialize.drivers import planned_forward, refuse_drivers
 from rematerialize.emit import emit
 from rematerialize.errors import CaptureError, PlanMismatchError, RematerializeError, did_you_mean

@@ -12,7 +12,7 @@ import torch
 
 import rematerialize.cli.commands.doctor
 import rematerialize.doctor
-from rematerialize.cost import DEVICES
+from rematerialize.device_table import DEVICES
 from rematerialize.doctor import Check, check_extra, check_torch, examine
 from rematerialize.harness import Comparison
 from rematerialize.zoo import ENTRIES
@@ -60,8 +60,8 @@ def test_the_zoos_figures_are_fresh() -> None:
             )
 
 
-@pytest.mark.parametrize("args", [["zoo"], ["plan", "zoo:gtp", "--budget", "1GiB"]], ids=" ".join)
-def test_the_zoo_answers_without_loading_what_its_models_need(args: list[str]) -> None:
+@pytest.mark.parametrize("args", [["zoo"], ["devices"], ["plan", "zoo:gtp", "--budget", "1GiB"]], ids=" ".join)
+def test_tables_and_wrong_names_are_answered_without_loading_torch(args: list[str]) -> None:
     program = (
         "import sys\nfrom rematerialize.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"

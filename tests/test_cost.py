@@ -11,15 +11,8 @@ from torch import Tensor, fx, nn
 
 from rematerialize.analytic import analytic_graph, on_fake_tensors
 from rematerialize.capture import KernelGraph, capture, flatten_inputs, group_kernels, normalize
-from rematerialize.cost import (
-    DEVICES,
-    AnalyticCostModel,
-    DeviceSpec,
-    call_bytes,
-    call_flops,
-    call_seconds,
-    device_spec,
-)
+from rematerialize.cost import AnalyticCostModel, call_bytes, call_flops, call_seconds
+from rematerialize.device_table import DEVICES, DeviceSpec, device_spec
 from rematerialize.errors import RematerializeError
 from rematerialize.ir import TrainingGraph
 from rematerialize.zoo import gpt

@@ -17,7 +17,7 @@ from rematerialize.api import choose
 from rematerialize.budget import read_budget
 from rematerialize.capture import Kernel, KernelCost
 from rematerialize.capture.masks import draw_bytes
-from rematerialize.cost import DEVICES
+from rematerialize.device_table import DEVICES
 from rematerialize.measure import CostModel
 from rematerialize.prepare import PreparedStep, PrepareOptions, bind_inputs, byte_masks, matching_variant, prepare
 from rematerialize.solve import Planner

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rematerialize.analytic import analytic_graph
-from rematerialize.cost import DEVICES
+from rematerialize.device_table import DEVICES
 from rematerialize.errors import TargetError
 from rematerialize.targets import hf
 from rematerialize.targets.blocks import checkpoint_blocks

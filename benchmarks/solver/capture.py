@@ -16,7 +16,7 @@ from benchmarks.solver.held_out import HELD_OUT
 from benchmarks.solver.models import LARGE, SMALL, Factory
 from benchmarks.solver.suite import DATA, write
 from rematerialize.analytic import analytic_graph, on_fake_tensors
-from rematerialize.cost import device_spec
+from rematerialize.device_table import device_spec
 from rematerialize.ir import TrainingGraph
 
 DEVICE = "NVIDIA A100 80GB"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rematerialize.cost import DEVICES, DeviceSpec
+from rematerialize.device_table import DEVICES, DeviceSpec
 from rematerialize.errors import TargetError, did_you_mean
 
 

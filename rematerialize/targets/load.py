@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rematerialize.analytic import on_fake_tensors
-from rematerialize.cost import DeviceSpec
+from rematerialize.device_table import DeviceSpec
 from rematerialize.errors import TargetError
 from rematerialize.targets import hf
 from rematerialize.targets.blocks import checkpoint_blocks

@@ -9,7 +9,7 @@ from rematerialize.cli.console import Console
 @command
 def devices(console: Console) -> None:
     """List the devices that --device knows without their being here, with the source of each figure."""
-    from rematerialize.cost import DEVICES
+    from rematerialize.device_table import DEVICES
 
     if console.as_json:
         console.data("devices", {"devices": [spec.to_dict() for spec in DEVICES.values()]})
