@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,22 +105,22 @@ def _gpt2_block() -> Made:
     return SquareLoss(gpt.Block(config)), (torch.randn(8, 1024, 768),)
 
 
-def _bert() -> Made:
-    config = bert.EncoderConfig(layers=2, width=768, heads=12, tokens=512, batch=16, vocabulary=30522)
+def encoder(config: bert.EncoderConfig) -> Made:
+    """BERT behind its masked language model's loss."""
     shape = (config.batch, config.tokens)
     tokens = torch.zeros(shape, dtype=torch.long)
     inputs = {"tokens": tokens, "padding": torch.zeros(shape, dtype=torch.bool), "labels": tokens.clone()}
     return bert.MaskedLanguageModel(config), inputs
 
 
-def _unet() -> Made:
-    config = unet.UNetConfig(width=32, depth=4, pixels=256, batch=8)
+def segmentation(config: unet.UNetConfig) -> Made:
+    """A U-Net on images, for images."""
     shape = (config.batch, 3, config.pixels, config.pixels)
     return unet.UNet(config), (torch.randn(shape), torch.randn(shape))
 
 
-def _densenet() -> Made:
-    config = densenet.DenseConfig(growth=32, pixels=224, batch=32, depths=(3, 4, 4, 3))
+def dense_blocks(config: densenet.DenseConfig) -> Made:
+    """A DenseNet on images."""
     images = torch.randn(config.batch, 3, config.pixels, config.pixels)
     return densenet.DenseNet121(config), (images, torch.zeros(config.batch, dtype=torch.long))
 
@@ -132,8 +132,11 @@ def bottlenecks(depths: tuple[int, ...], batch: int) -> Made:
     return resnet.ResNet50(config), (images, torch.zeros(batch, dtype=torch.long))
 
 
-def _towers() -> Made:
-    config = cross_modal.TowersConfig(128, 16, 32, 256, 4096, image_blocks=3, text_blocks=1, sound_blocks=4)
+def towers(image_blocks: int, text_blocks: int, sound_blocks: int) -> Made:
+    """Three towers of so many blocks, and the head that joins them."""
+    config = cross_modal.TowersConfig(
+        128, 16, 32, 256, 4096, image_blocks=image_blocks, text_blocks=text_blocks, sound_blocks=sound_blocks
+    )
     inputs = {
         "images": torch.randn(config.batch, 3, config.pixels, config.pixels),
         "text": torch.zeros(config.batch, config.tokens, dtype=torch.long),
@@ -143,18 +146,19 @@ def _towers() -> Made:
     return cross_modal.CrossModal(config), inputs
 
 
-def _uniform_chain() -> Made:
-    layers = [part for _ in range(40) for part in (nn.Linear(1024, 1024), nn.Tanh())]
-    return SquareLoss(*layers), (torch.randn(16384, 1024),)
+def uniform_chain(count: int, width: int, activation: Callable[[], nn.Module], rows: int) -> Made:
+    """Linear layers of one width, each with an activation behind it."""
+    layers = [part for _ in range(count) for part in (nn.Linear(width, width), activation())]
+    return SquareLoss(*layers), (torch.randn(rows, width),)
 
 
-def _uneven_chain() -> Made:
-    widths = (16, 64, 32, 128, 48, 256, 32, 96, 24, 192, 64, 16, 160, 32, 128, 8)
+def uneven_chain(widths: Sequence[int], activation: Callable[[int], nn.Module], halved_after: Container[int]) -> Made:
+    """Convolutions of many widths on images that some layers halve; ``activation`` goes by the layer's number."""
     layers: list[nn.Module] = []
     before = 3
     for index, width in enumerate(widths):
-        layers += [nn.Conv2d(before, width, 3, padding=1), nn.SiLU() if index % 3 else nn.GELU()]
-        if index in {4, 9}:
+        layers += [nn.Conv2d(before, width, 3, padding=1), activation(index)]
+        if index in halved_after:
             layers.append(nn.AvgPool2d(2))
         before = width
     return SquareLoss(*layers), (torch.randn(16, 3, 128, 128),)
@@ -183,13 +187,13 @@ def _autoencoder() -> Made:
     return SquareLoss(*layers), (torch.randn(32, 2, 256, 256),)
 
 
-def _pinn() -> Made:
-    config = pinn.FlowConfig(width=256, depth=2, points=65536)
+def flow(config: pinn.FlowConfig) -> Made:
+    """A physics-informed network with second derivatives in its loss."""
     return pinn.NavierStokes(config), (torch.randn(config.points, 3), torch.randn(config.points, 2))
 
 
-def _gcn() -> Made:
-    config = gcn.GraphConfig(nodes=100_000, edges=1_000_000, width=128, layers=8)
+def graph_layers(config: gcn.GraphConfig) -> Made:
+    """Graph convolutions on one graph."""
     edges = torch.zeros(2, config.edges, dtype=torch.long)
     labels = torch.zeros(config.nodes, dtype=torch.long)
     return gcn.GCN(config), (torch.randn(config.nodes, config.width), edges, labels)
@@ -203,18 +207,24 @@ def random_net(nodes: int, seed: int, far: float) -> Made:
 SMALL: Mapping[str, Factory] = {
     "gpt2-block": _gpt2_block,
     "gpt2-2-layers": lambda: transformer(2, 768, 12, 8, 0.0),
-    "bert-2-layers": _bert,
-    "unet": _unet,
-    "densenet": _densenet,
+    "bert-2-layers": lambda: encoder(
+        bert.EncoderConfig(layers=2, width=768, heads=12, tokens=512, batch=16, vocabulary=30522)
+    ),
+    "unet": lambda: segmentation(unet.UNetConfig(width=32, depth=4, pixels=256, batch=8)),
+    "densenet": lambda: dense_blocks(densenet.DenseConfig(growth=32, pixels=224, batch=32, depths=(3, 4, 4, 3))),
     "resnet-26": lambda: bottlenecks((2, 2, 2, 2), 32),
-    "three-towers": _towers,
-    "uniform-chain": _uniform_chain,
-    "uneven-chain": _uneven_chain,
+    "three-towers": lambda: towers(3, 1, 4),
+    "uniform-chain": lambda: uniform_chain(40, 1024, nn.Tanh, 16384),
+    "uneven-chain": lambda: uneven_chain(
+        (16, 64, 32, 128, 48, 256, 32, 96, 24, 192, 64, 16, 160, 32, 128, 8),
+        lambda index: nn.SiLU() if index % 3 else nn.GELU(),
+        {4, 9},
+    ),
     "lstm-cell-10-steps": lambda: unrolled_lstm(10, 256, 1024),
     "lstm-chunks": _lstm,
     "autoencoder": _autoencoder,
-    "pinn": _pinn,
-    "gcn": _gcn,
+    "pinn": lambda: flow(pinn.FlowConfig(width=256, depth=2, points=65536)),
+    "gcn": lambda: graph_layers(gcn.GraphConfig(nodes=100_000, edges=1_000_000, width=128, layers=8)),
     "random-near": lambda: random_net(30, 1, 0.0),
     "random-mixed": lambda: random_net(40, 2, 0.3),
     "random-far": lambda: random_net(36, 3, 0.9),
