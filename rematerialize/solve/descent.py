@@ -32,7 +32,9 @@ def descent(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
         yield plan
 
 
-def squeeze(bench: Workbench, plan: Plan, *, work: int, finest: float) -> Iterator[Plan]:
+def squeeze(
+    bench: Workbench, plan: Plan, *, work: int, finest: float, stride: float = 0.08, seed: int = 1
+) -> Iterator[Plan]:
     """Yield plans of ever lower peak, by descents of a shrinking stride, until stuck.
 
     Parameters
@@ -43,15 +45,16 @@ def squeeze(bench: Workbench, plan: Plan, *, work: int, finest: float) -> Iterat
         Where to start.
     work : int
         Moves after which to stop.
-    finest : float
-        Stride, as a share of the peak, below which to stop.
+    finest, stride : float
+        Stride, as a share of the peak, below which to stop, and the first one.
+    seed : int
     """
     if not bench.load(plan):
         return
-    until, stride, peak = bench.work + work, 0.08, bench.peak_bytes()
+    until, peak = bench.work + work, bench.peak_bytes()
     while stride > finest and peak > 0 and bench.work < until:
         target = peak - max(peak * int(stride * 2**20) // 2**20, 1)  # in integers: peaks can exceed all floats
-        if reach(bench, plan, target, work=work // TRIES, seed=1 + int(1000 * stride)):
+        if reach(bench, plan, target, work=work // TRIES, seed=seed + int(1000 * stride)):
             bench.spend(target)
             plan, peak = bench.plan(), bench.peak_bytes()
             yield plan

@@ -137,8 +137,7 @@ class Planner:
         points += [point for found in side_by_side(run, self._solvers) for point in found]
         levels: list[Point] = []
         if self._polisher and not self._late():
-            points += self._polisher.squeeze(points)
-            points += self._polisher.squeeze(self._by_depth())
+            points += self._polisher.squeeze(points, self._by_depth())
             least = min(point.peak_bytes for point in points)
             stride = self._polisher.effort.stride
             wanted = [least + (high - least) * part // LEVELS for part in range(1, LEVELS)][::stride]

@@ -21,6 +21,7 @@ Found = TypeVar("Found")
 THREADS = 2
 RESTART = 10_000  # moves after which a search starts again from its best plan
 HARD, HARDEST = 5, 17  # how much more levels near the minimum of a small step get, and the minimum itself
+DEEP = 5  # how much more the lowest plans of a small step get for going lower still
 ABOVE = 5  # levels next to the minimum of a small step from which descents to it start
 BULGE, BULGES = 0.001, 2  # how far, in shares of the time, a level may be off the line between its neighbours
 THRESHOLDS = (0.03, 0.3, 0.003)  # how much slower a plan may be to go on from, restart by restart
@@ -59,6 +60,8 @@ class Effort:
         Moves per start, and for the best of a level.
     squeeze : int
         Moves for lowering the minimum, per start.
+    deepest : int
+        Of the lowest plans found so, how many are lowered further.
     halfway : int
         Moves for a level between two others, of those that a budget asks for.
     halvings : int
@@ -73,6 +76,7 @@ class Effort:
     first: int
     second: int
     squeeze: int
+    deepest: int
     halfway: int
     halvings: int
     exchanges: int
@@ -88,6 +92,7 @@ def effort_for(ops: int) -> Effort:
             first=75 * share,
             second=200 * share,
             squeeze=1_800 * share,
+            deepest=4,
             halfway=240 * share,
             halvings=7,
             exchanges=3,
@@ -100,6 +105,7 @@ def effort_for(ops: int) -> Effort:
             first=80 * share,
             second=600 * share,
             squeeze=120 * share,
+            deepest=0,
             halfway=80 * share,
             halvings=10,
             exchanges=1,
@@ -107,7 +113,28 @@ def effort_for(ops: int) -> Effort:
         )
     work, halvings, stride = (1_000, 10, 2) if ops <= LARGE else (100, 7, 3)
     second = work * (ops // 100)
-    return Effort(starts=1, first=0, second=second, squeeze=0, halfway=0, halvings=halvings, exchanges=1, stride=stride)
+    return Effort(
+        starts=1,
+        first=0,
+        second=second,
+        squeeze=0,
+        deepest=0,
+        halfway=0,
+        halvings=halvings,
+        exchanges=1,
+        stride=stride,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Squeeze:
+    """A search for lower peaks: from where, with closer and wider layouts in turn or not, and how hard."""
+
+    start: Point
+    varied: bool = False
+    seed: int = 1
+    stride: float = 0.08
+    times: int = 1
 
 
 class Polisher:
@@ -132,8 +159,8 @@ class Polisher:
         self.longest = (LONG if self.ops <= SMALL else LONG // 3) * self.ops
         self._free: list[Workbench] = []
 
-    def squeeze(self, points: Sequence[Point]) -> list[Point]:
-        """Return plans of lower peak, from the lowest of every order and of the solvers that got lowest."""
+    def squeeze(self, points: Sequence[Point], others: Sequence[Point] = ()) -> list[Point]:
+        """Return plans of lower peak, from the lowest of every order and of the solvers that got lowest, and others."""
         if not self.effort.squeeze:
             return []
         ranked = sorted((point for point in points if point.length <= self.longest), key=by_peak)
@@ -142,17 +169,31 @@ class Polisher:
         lowest = sorted(solvers.values(), key=by_peak)[: self.effort.starts]
         if self.ops <= MEDIUM:
             lowest += [point for point in orders.values() if point not in lowest]
+        lowest += others
 
-        def run(start: Point) -> list[Point]:
-            found = []
-            with self._bench(2 * start.length + 2 * self.ops) as bench:
-                for plan in squeeze(bench, start.plan, work=self.effort.squeeze, finest=0.0005):
+        found = self._squeezed([_Squeeze(start) for start in lowest])
+        if self.effort.deepest:
+            found += self._squeezed([_Squeeze(start, varied=True, seed=1_001) for start in lowest])
+            ways: dict[tuple[str, int], Point] = {}
+            for point in sorted([*lowest, *found], key=by_peak):
+                ways.setdefault((point.solver, point.rank), point)
+            deepest = sorted(ways.values(), key=by_peak)[: self.effort.deepest]
+            again = [_Squeeze(start, varied=True, seed=5_001, stride=0.04, times=DEEP) for start in deepest]
+            found += self._squeezed(again)
+        return found
+
+    def _squeezed(self, jobs: Sequence[_Squeeze]) -> list[Point]:
+        def run(job: _Squeeze) -> list[Point]:
+            start, found = job.start, []
+            with self._bench(2 * start.length + 2 * self.ops, varied=job.varied) as bench:
+                work = job.times * self.effort.squeeze
+                for plan in squeeze(bench, start.plan, work=work, finest=0.0005, stride=job.stride, seed=job.seed):
                     found.append(replace(self._replay(plan, start.solver), rank=start.rank))
                     if self._late():
                         break
             return found
 
-        return [point for found in side_by_side(run, lowest) for point in found]
+        return [point for found in side_by_side(run, jobs) for point in found]
 
     def levels(self, points: Sequence[Point], levels: Sequence[int]) -> list[Point]:
         """Return the best plan found for each level that has a start, highest first."""
@@ -292,14 +333,15 @@ class Polisher:
             self._improve(bench, level, work, seed=seed)
             return self._replay(bench.plan(), start.solver)  # a bench rounds sizes, and its sums of times drift
 
-    def _bench(self, length: int) -> _Borrowed:
-        return _Borrowed(self._free, self._flat, length)
+    def _bench(self, length: int, *, varied: bool = True) -> _Borrowed:
+        most = self.ops <= SMALL
+        return _Borrowed(self._free, self._flat, length, most=most, varied=varied and most)
 
 
 class _Borrowed:
     """A bench from the pool, or a new one when none is long enough."""
 
-    def __init__(self, free: list[Workbench], flat: FlatStep, length: int) -> None:
+    def __init__(self, free: list[Workbench], flat: FlatStep, length: int, *, most: bool, varied: bool) -> None:
         self._free = free
         self._bench = next((b for b in list(free) if b.length >= length), None)
         if self._bench is not None:
@@ -308,8 +350,8 @@ class _Borrowed:
             except ValueError:  # another thread took it
                 self._bench = None
         if self._bench is None:
-            self._bench = Workbench(flat, length)
-        self._bench.limit(length)  # whichever bench was free, plans repeat
+            self._bench = Workbench(flat, length, varied=most)
+        self._bench.limit(length, varied=varied)  # whichever bench was free, plans repeat
 
     def __enter__(self) -> Workbench:
         assert self._bench is not None

@@ -43,9 +43,9 @@ def _load() -> ctypes.CDLL | None:
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number, real = ctypes.c_void_p, _I64, ctypes.c_double
     signatures: dict[str, tuple[type | None, list[type]]] = {
-        "bench_new": (pointer, [pointer, number]),
+        "bench_new": (pointer, [pointer, number, ctypes.c_int]),
         "bench_free": (None, [pointer]),
-        "bench_limit": (None, [pointer, number]),
+        "bench_limit": (None, [pointer, number, ctypes.c_int]),
         "bench_length": (number, [pointer]),
         "bench_work": (number, [pointer]),
         "bench_makespan_s": (real, [pointer]),
@@ -332,14 +332,18 @@ class Workbench:
     flat : FlatStep
     length : int
         Executions that there has to be room for.
+    varied : bool
+        Whether searches lay schedules out closer and wider in turn: that takes more memory, but the wider ones have
+        room for recomputing more in one place.
     """
 
-    def __init__(self, flat: FlatStep, length: int) -> None:
+    def __init__(self, flat: FlatStep, length: int, *, varied: bool = False) -> None:
         assert _library is not None, "the compiled kernel is missing"
         self._library = _library
         self._flat = flat
         self.length = length
-        self._bench = _library.bench_new(ctypes.byref(flat.structure), length)
+        self.varied = varied
+        self._bench = _library.bench_new(ctypes.byref(flat.structure), length, varied)
         if not self._bench:
             raise MemoryError(f"no memory for schedules of {length} executions")
 
@@ -347,9 +351,13 @@ class Workbench:
         if getattr(self, "_bench", None):
             self._library.bench_free(self._bench)
 
-    def limit(self, length: int) -> None:
-        """Behave like a bench made for so many executions, at most ``self.length``; before `load`."""
-        self._library.bench_limit(self._bench, length)
+    def limit(self, length: int, *, varied: bool = False) -> None:
+        """Behave like a bench made for so many executions, at most ``self.length``; before `load`.
+
+        Only one made for varied searches can be told to vary.
+        """
+        assert self.varied or not varied, "this bench has no room for that"
+        self._library.bench_limit(self._bench, length, varied)
 
     def load(self, plan: Plan) -> bool:
         """Lay a valid plan out; False when it is too long for this bench. O(length + edges)."""

@@ -15,19 +15,22 @@ void bench_free(Bench *b) {
     free(b);
 }
 
-/* Leave room for schedules of `length` executions, at most those it was made for: what a search finds depends on it. */
-void bench_limit(Bench *b, i64 length) {
+/* Leave room for schedules of `length` executions, at most those it was made for, and let searches vary the spacing or
+   not, which takes a bench made for that: what a search finds depends on both. */
+void bench_limit(Bench *b, i64 length, int varied) {
     i64 operands = b->g.in_ptr[b->g.ops] + b->g.out_ptr[b->g.ops];
-    b->slot_space = (length + 1) * SPACING;
+    b->varied = varied;
+    b->spacing = varied ? SPACING << WIDENINGS : SPACING;
+    b->slot_space = (length + 1) * b->spacing;
     b->event_space = operands * (2 + 2 * length / MAX(b->g.ops, 1)) + 2 * b->g.values + 256;
 }
 
 /* A bench with room for schedules of `length` executions; 0 without memory. The graph's arrays stay the caller's. */
-Bench *bench_new(const Graph *g, i64 length) {
+Bench *bench_new(const Graph *g, i64 length, int varied) {
     Bench *b = calloc(1, sizeof *b);
     if (!b) return 0;
     b->g = *g;
-    bench_limit(b, length);
+    bench_limit(b, length, varied);
     size_t slots = (size_t)b->slot_space + 2, events = (size_t)b->event_space + 2;
     size_t blocks = (slots >> LEAST_SHIFT) + 2, widest = slots > events ? slots : events;
     b->op_at = calloc(slots, sizeof(int32_t));

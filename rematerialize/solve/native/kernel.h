@@ -17,9 +17,11 @@ typedef int64_t i64;
 #define WIDE
 #endif
 
-#define SPACING 8                  /* slots per execution when a schedule is laid out */
-#define FREE_SLOT ((i64)1 << 61)   /* subtracted from the memory of a free slot: it is never the peak */
-#define END_SLOT ((i64)1 << 60)    /* the slot of a reader that never lets go */
+#define SPACING 8                   /* least slots per execution when a schedule is laid out */
+#define WIDENINGS 2                 /* how often they may be doubled */
+#define PINS 8                      /* gaps that a move can keep shut */
+#define FREE_SLOT ((i64)1 << 61)    /* subtracted from the memory of a free slot: it is never the peak */
+#define END_SLOT ((i64)1 << 60)     /* the slot of a reader that never lets go */
 #define LEAST_SHIFT 5               /* of blocks of the memory profile, see `block_shift` */
 
 enum { OUTPUT = 1, GRADIENT = 2, TANGENT = 4 };
@@ -45,8 +47,10 @@ typedef struct {
     Graph g;
     i64 slots, split, length;      /* of the schedule that is laid out */
     i64 slot_space, event_space;   /* room for longer ones */
+    i64 spacing;                   /* slots per execution: no more can be recomputed in one place */
+    int varied;                    /* whether searches change the spacing */
     int block_shift;               /* slots per block of the memory profile, as a power of two */
-    i64 events, logged, ranges;
+    i64 events, logged, ranges, pins;
     double makespan_s;
     int32_t *op_at;                /* per slot: op or -1 */
     int32_t *first;                /* per slot: first event of its execution */
@@ -67,6 +71,7 @@ typedef struct {
     uint64_t random;
     i64 touched_low, touched_high; /* hull of all that changed since a search last reset it */
     i64 focus_low, focus_high;     /* where `spend` looks for recomputations to delete */
+    Range pin[PINS];               /* gaps that the present move has shut and mustn't open; size: the value */
     i64 work;                      /* moves tried, for limits that don't depend on the clock */
 } Bench;
 

@@ -174,6 +174,13 @@ WIDE static double excess_change(Bench *b, i64 mark, i64 target) {
     return change;
 }
 
+/* Whether a gap of a value overlaps one that must stay shut. */
+static int pinned(const Bench *b, i64 value, i64 low, i64 reader) {
+    for (i64 k = 0; k < b->pins; k++)
+        if (b->pin[k].size == value && b->pin[k].low < reader && b->pin[k].high > low) return 1;
+    return 0;
+}
+
 /* Collect the gaps between uses that lie across the excess; return how many had no room in front. */
 static i64 droppable(Bench *b, i64 first, i64 last, double noise, double stretch, i64 *found) {
     const Graph *g = &b->g;
@@ -186,7 +193,7 @@ static i64 droppable(Bench *b, i64 first, i64 last, double noise, double stretch
             if (!is_read(b, next) || b->event[next].slot >= b->slots) continue;
             i64 low = b->event[at].slot, reader = b->event[next].slot;
             if (low >= last) break;
-            if (reader <= first) continue;
+            if (reader <= first || pinned(b, value, low, reader)) continue;
             double relief = b->price[reader] - b->price[low + 1];
             if (relief <= 0) continue;
             i64 needed = missing(b, value, reader, stretch);

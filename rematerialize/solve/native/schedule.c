@@ -73,15 +73,16 @@ WIDE static void measure(Bench *b) {
 /* Lay a valid plan out; 0 when there is no room for it. O(length + edges). */
 int load(Bench *b, const i64 *order, i64 length, i64 split) {
     const Graph *g = &b->g;
-    if (length * SPACING > b->slot_space) return 0;
+    while (b->spacing > SPACING && length * b->spacing > b->slot_space) b->spacing /= 2;
+    if (length * b->spacing > b->slot_space) return 0;
     i64 total = 2 * g->values;
     for (i64 k = 0; k < length; k++) total += degree(g, order[k]);
     if (total > b->event_space) return 0;
-    b->slots = length * SPACING;
-    b->split = split * SPACING;
+    b->slots = length * b->spacing;
+    b->split = split * b->spacing;
     b->length = length;
     for (b->block_shift = LEAST_SHIFT; (i64)4 << 2 * b->block_shift < b->slots;) b->block_shift++; /* some sqrt(slots) */
-    b->events = b->logged = b->ranges = 0;
+    b->events = b->logged = b->ranges = b->pins = 0;
     b->makespan_s = 0.0;
     b->focus_low = 0;
     b->focus_high = b->slots;
@@ -92,7 +93,7 @@ int load(Bench *b, const i64 *order, i64 length, i64 split) {
             for (i64 value = 0; value < g->values; value++)
                 if (g->flags[value] & TANGENT) append(b, value, b->split, 1);
         if (k == length) break;
-        i64 op = order[k], slot = k * SPACING + SPACING - 1;
+        i64 op = order[k], slot = k * b->spacing + b->spacing - 1;
         b->op_at[slot] = (int32_t)op;
         b->first[slot] = (int32_t)b->events;
         for (i64 e = g->in_ptr[op]; e < g->in_ptr[op + 1]; e++) append(b, g->in_val[e], slot, 0);

@@ -12,12 +12,22 @@
 
 static i64 random_below(Bench *b, i64 count) { return (i64)(uniform(b) * (double)count); }
 
-/* Delete up to `count` recomputations from a random place on. */
-static void delete_near(Bench *b, i64 count) {
+/* Keep what the execution at a slot makes from being dropped where the instance before is going to be held instead. */
+static void pin(Bench *b, i64 slot) {
+    i64 op = b->op_at[slot];
+    int32_t made = b->first[slot] + (int32_t)(b->g.in_ptr[op + 1] - b->g.in_ptr[op]);
+    int32_t before = b->event[made].before, after = b->event[made].after;
+    if (b->pins < PINS && before >= 0 && is_read(b, after))
+        b->pin[b->pins++] = (Range){b->event[before].slot, b->event[after].slot, b->event[made].value};
+}
+
+/* Delete up to `count` recomputations from a random place on; with `pinned` they aren't what pays for it. */
+static void delete_near(Bench *b, i64 count, int pinned) {
     i64 slot = random_below(b, b->slots), seen = 0;
     for (; count > 0 && seen < b->slots; seen++, slot = slot + 1 < b->slots ? slot + 1 : 0) {
         i64 op = b->op_at[slot];
         if (op < 0 || op >= b->g.forwards || !has_previous(b, slot) || uniform(b) < 0.3) continue;
+        if (pinned) pin(b, slot);
         retain(b, slot);
         count--;
     }
@@ -33,7 +43,7 @@ static void drop_near(Bench *b, i64 count, double stretch) {
             i64 value = b->g.in_val[e], maker = b->g.producer[value];
             if (maker < 0 || !b->g.again[maker] || b->g.flags[value] & OUTPUT || uniform(b) < 0.5) continue;
             int32_t previous = last_before(b, value, slot);
-            if (previous < 0 || b->event[previous].slot + SPACING >= slot) continue;
+            if (previous < 0 || b->event[previous].slot + b->spacing >= slot) continue;
             i64 needed = missing(b, value, slot, stretch);
             if (needed > 0 && drop(b, needed, slot)) count--;
         }
@@ -100,9 +110,15 @@ static void sink(Bench *b, i64 depth) {
     }
 }
 
+/* Lay the next schedules out closer or wider: wider ones take longer, but more can be recomputed in one place. */
+static void vary(Bench *b) {
+    if (b->varied) b->spacing = SPACING << random_below(b, WIDENINGS + 1);
+}
+
 static int perturb(Bench *b, i64 budget) {
     static const double stretches[] = {0.0, 0.25, 1.0};
     double stretch = stretches[random_below(b, 3)], kind = uniform(b);
+    b->pins = 0;
     if (kind < 0.4) {
         double move = uniform(b);
         if (move < 0.2) sink(b, 1 + random_below(b, 8));
@@ -111,7 +127,7 @@ static int perturb(Bench *b, i64 budget) {
         return descend(b, budget, 12, 0.6, stretch, 0);
     }
     if (kind < 0.6) {
-        delete_near(b, 1 + random_below(b, 4));
+        delete_near(b, 1 + random_below(b, 4), uniform(b) < 0.5);
         return descend(b, budget, 12, 0.6, stretch, 0);
     }
     if (kind < 0.8) {
@@ -154,6 +170,7 @@ int improve(Bench *b, i64 budget, i64 work, double threshold, uint64_t seed) {
             length = b->length;
             split = unload(b, b->saved);
         }
+        vary(b);
         if (!respace(b) || b->makespan_s > best_s * allowed) load(b, b->saved, length, split);
     }
     load(b, b->saved, length, split);
@@ -173,7 +190,7 @@ int lower(Bench *b, i64 target, i64 work, uint64_t seed) {
         double stretch = stretches[random_below(b, 4)];
         b->logged = 0;
         b->work += 8 + (b->slots >> 8);
-        if (trial % 4 == 1) delete_near(b, 1 + random_below(b, 6));
+        if (trial % 4 == 1) delete_near(b, 1 + random_below(b, 6), 0);
         if (trial % 4 == 2) drop_near(b, 1 + random_below(b, 6), stretch);
         if (trial % 4 == 3) {
             double move = uniform(b);
@@ -190,6 +207,7 @@ int lower(Bench *b, i64 target, i64 work, uint64_t seed) {
             length = b->length;
             split = unload(b, b->saved);
         }
+        vary(b);
         if (!load(b, b->saved, length, split)) return 0;
     }
     return 0;
