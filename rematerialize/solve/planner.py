@@ -144,7 +144,7 @@ class Planner:
             near = (*NEAR, *NEARER) if len(self._given.names) <= SMALL else NEAR
             wanted += [min(least * (100 + percent) // 100, high) for percent in near][::stride]
             points += run(EXACTLY, [level // unit for level in wanted])
-            levels = self._polisher.levels(points, wanted)
+            levels = self._polisher.levels(points, wanted, self._starts)
             lowest = [(start, level) for start in self._starts for level in sorted(wanted)[:STEEP]]
             levels += filter(None, (self._polisher.down(start, level, work=0) for start, level in lowest))
             lower = [point for point in self._polisher.squeeze([self._store_all]) if point.peak_bytes < least]

@@ -62,6 +62,8 @@ class Effort:
         Moves for lowering the minimum, per start.
     deepest : int
         Of the lowest plans found so, how many are lowered further.
+    lanes : int
+        Descents through all levels near the minimum, each with its own way down.
     halfway : int
         Moves for a level between two others, of those that a budget asks for.
     halvings : int
@@ -77,6 +79,7 @@ class Effort:
     second: int
     squeeze: int
     deepest: int
+    lanes: int
     halfway: int
     halvings: int
     exchanges: int
@@ -93,6 +96,7 @@ def effort_for(ops: int) -> Effort:
             second=200 * share,
             squeeze=1_800 * share,
             deepest=4,
+            lanes=8,
             halfway=240 * share,
             halvings=7,
             exchanges=3,
@@ -106,6 +110,7 @@ def effort_for(ops: int) -> Effort:
             second=600 * share,
             squeeze=120 * share,
             deepest=0,
+            lanes=0,
             halfway=80 * share,
             halvings=10,
             exchanges=1,
@@ -119,6 +124,7 @@ def effort_for(ops: int) -> Effort:
         second=second,
         squeeze=0,
         deepest=0,
+        lanes=0,
         halfway=0,
         halvings=halvings,
         exchanges=1,
@@ -195,8 +201,11 @@ class Polisher:
 
         return [point for found in side_by_side(run, jobs) for point in found]
 
-    def levels(self, points: Sequence[Point], levels: Sequence[int]) -> list[Point]:
-        """Return the best plan found for each level that has a start, highest first."""
+    def levels(self, points: Sequence[Point], levels: Sequence[int], tops: Sequence[Point] = ()) -> list[Point]:
+        """Return the best plan found for each level that has a start, highest first.
+
+        ``tops`` are plans with much memory from which to go down to the lowest levels once more.
+        """
         short = [point for point in points if point.length <= self.longest]
         limit = self.ops * (0 if self.ops > MEDIUM else LONG if self.ops > SMALL else LONGEST)
         possible = [point for point in points if point.length <= limit]
@@ -235,10 +244,30 @@ class Polisher:
         if self.effort.second:
             found = [(point, level) for point, (_, level) in zip(side_by_side(second, found), found, strict=True)]
         plans = [point for point, _ in found]
+        if self.effort.lanes and tops:
+            plans = self._lanes(plans, [level for _, level in found], steep, tops)
         for _ in range(self.effort.exchanges):
             plans = self._exchanged(plans, [level for _, level in found])
         for turn in range(BULGES if self.ops <= SMALL else 0):
             plans = self._flattened(plans, [level for _, level in found], turn)
+        return plans
+
+    def _lanes(self, plans: Sequence[Point], levels: Sequence[int], steep: int, tops: Sequence[Point]) -> list[Point]:
+        """Go down to the lowest levels from several plans above them, level by level: each may end elsewhere."""
+        first = sum(level > steep for level in levels)
+        heads = [*plans[max(first - 3, 0) : first : 2], *tops]
+
+        def run(lane: int) -> list[Point | None]:
+            at, found = heads[lane % len(heads)], []
+            for level in levels[first:]:
+                lower = None if self._late() else self.down(at, level, work=self.effort.second, seed=31 + lane)
+                at = lower or at
+                found.append(lower)
+            return found
+
+        plans = list(plans)
+        for lane in side_by_side(run, range(self.effort.lanes)):
+            plans[first:] = map(self.better, plans[first:], lane)
         return plans
 
     def _flattened(self, plans: Sequence[Point], levels: Sequence[int], turn: int) -> list[Point]:

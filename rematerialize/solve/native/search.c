@@ -110,9 +110,10 @@ static void sink(Bench *b, i64 depth) {
     }
 }
 
-/* Lay the next schedules out closer or wider: wider ones take longer, but more can be recomputed in one place. */
+/* Lay the next schedules out closer or, every other time, wider: more can be recomputed in one place, but all takes
+   longer. */
 static void vary(Bench *b) {
-    if (b->varied) b->spacing = SPACING << random_below(b, WIDENINGS + 1);
+    if (b->varied) b->spacing = SPACING << (uniform(b) < 0.5 ? 0 : 1 + random_below(b, WIDENINGS));
 }
 
 static int perturb(Bench *b, i64 budget) {
