@@ -108,7 +108,7 @@ class _Bench:
         flat = FlatStep(self.step)
         for seed in seeds:
             plan = self.best(budget_bytes)
-            bench = Workbench(flat, 2 * len(plan.order) + len(self.step.names))
+            bench = Workbench(flat, 2 * len(plan.order) + len(self.step.names), varied=True)
             bench.load(plan)
             bench.spend(budget_bytes)
             threshold = THRESHOLDS[seed % len(THRESHOLDS)]
