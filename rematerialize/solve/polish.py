@@ -25,6 +25,7 @@ DEEP = 4  # how much more the lowest plans of a small step get for going lower s
 ABOVE = 5  # levels next to the minimum of a small step from which descents to it start
 BULGE, BULGES = 0.001, 2  # how far, in shares of the time, a level may be off the line between its neighbours
 THRESHOLDS = (0.03, 0.3, 0.003)  # how much slower a plan may be to go on from, restart by restart
+PATIENT = 200_000, ((0.003, 0.0005, 0.01), (0.01, 0.03, 0.003))  # moves and thresholds of searches without restarts
 SMALL = 400  # ops up to which quality goes before a second's wait
 EXCHANGED = 800  # ops up to which levels try what a higher one found: descents take long
 MEDIUM = 3_000  # ops up to which every level is searched
@@ -250,7 +251,27 @@ class Polisher:
             plans = self._exchanged(plans, [level for _, level in found])
         for turn in range(BULGES if self.ops <= SMALL else 0):
             plans = self._flattened(plans, [level for _, level in found], turn)
+        if plans and self.ops <= SMALL:
+            plans[-1] = self._patiently(plans[-1], found[-1][1])
         return plans
+
+    def _patiently(self, start: Point, level: int) -> Point:
+        """Search from one plan for long: at the minimum many small changes lie between good plans."""
+        moves, ways = PATIENT
+
+        def run(way: int) -> Point:
+            best = start
+            for turn, threshold in enumerate(ways[way]):
+                if self._late():
+                    break
+                with self._bench(2 * best.length + self.ops) as bench:
+                    if bench.load(best.plan):
+                        work = self._affordable(min(moves, 20 * self.effort.second), best)
+                        bench.improve(level, work, threshold=threshold, seed=41 + 10 * way + turn)
+                        best = self.better(best, self._replay(bench.plan(), start.solver))
+            return best
+
+        return min(side_by_side(run, range(len(ways))), key=lambda point: point.time_s)
 
     def _lanes(self, plans: Sequence[Point], levels: Sequence[int], steep: int, tops: Sequence[Point]) -> list[Point]:
         """Go down to the lowest levels from several plans above them, level by level: each may end elsewhere."""
