@@ -111,6 +111,27 @@ def test_a_longer_bench_can_be_told_to_find_what_a_shorter_one_finds() -> None:
     assert descended(long, step) == tight
 
 
+@pytest.mark.skipif(not available, reason="the local search is not compiled")
+def test_a_bench_for_varied_searches_can_be_told_to_search_like_another() -> None:
+    step = compile_step(suite.small()["uniform-chain"])
+    flat, length = FlatStep(step), 9 * len(step.names)
+    plain, varied = Workbench(flat, length), Workbench(flat, length, varied=True)
+
+    def searched(bench: Workbench) -> tuple[int, ...]:
+        descended(bench, step)
+        bench.improve(bench.peak_bytes(), 3_000)
+        return bench.plan().order
+
+    usual = searched(plain)
+    assert searched(varied) != usual
+    varied.limit(length, varied=False)
+    assert searched(varied) == usual
+    varied.limit(length, varied=True)
+    assert searched(varied) != usual
+    with pytest.raises(AssertionError, match="no room"):
+        plain.limit(length, varied=True)
+
+
 def test_the_order_of_questions_makes_no_difference() -> None:
     graph = graphs.unet(2)
     asked = asked_of(graph, 9)
