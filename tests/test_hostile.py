@@ -21,7 +21,9 @@ from tests import hostile
 from tests.strategies import budgets
 from tests.test_cli import run_cli, the_error
 
-FEW = polish.Effort(starts=2, first=200, second=600, squeeze=600, halfway=200, halvings=7, exchanges=1, stride=1)
+FEW = polish.Effort(
+    starts=2, first=200, second=600, squeeze=600, deepest=1, lanes=2, halfway=200, halvings=7, exchanges=1, stride=1
+)
 
 
 @pytest.fixture
