@@ -128,7 +128,7 @@ static int perturb(Bench *b, i64 budget) {
         return descend(b, budget, 12, 0.6, stretch, 0);
     }
     if (kind < 0.6) {
-        delete_near(b, 1 + random_below(b, 4), uniform(b) < 0.5);
+        delete_near(b, 1 + random_below(b, 4), b->varied && uniform(b) < 0.5);
         return descend(b, budget, 12, 0.6, stretch, 0);
     }
     if (kind < 0.8) {
