@@ -88,7 +88,7 @@ def test_the_number_of_threads_makes_no_difference(make: object, monkeypatch: py
     found = []
     for threads in (1, 2, 4):
         monkeypatch.setattr(polish, "THREADS", threads)
-        found.append(plans(Planner(graph), asked_of(graph, 3)))
+        found.append(plans(Planner(graph), asked_of(graph)))
     assert found[0] == found[1] == found[2]
 
 

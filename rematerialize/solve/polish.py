@@ -79,8 +79,8 @@ class Effort:
     first: int
     second: int
     squeeze: int
-    deepest: int
-    lanes: int
+    deepest: int = 0
+    lanes: int = 0
     halfway: int
     halvings: int
     exchanges: int
@@ -110,8 +110,6 @@ def effort_for(ops: int) -> Effort:
             first=80 * share,
             second=600 * share,
             squeeze=120 * share,
-            deepest=0,
-            lanes=0,
             halfway=80 * share,
             halvings=10,
             exchanges=1,
@@ -119,18 +117,7 @@ def effort_for(ops: int) -> Effort:
         )
     work, halvings, stride = (1_000, 10, 2) if ops <= LARGE else (100, 7, 3)
     second = work * (ops // 100)
-    return Effort(
-        starts=1,
-        first=0,
-        second=second,
-        squeeze=0,
-        deepest=0,
-        lanes=0,
-        halfway=0,
-        halvings=halvings,
-        exchanges=1,
-        stride=stride,
-    )
+    return Effort(starts=1, first=0, second=second, squeeze=0, halfway=0, halvings=halvings, exchanges=1, stride=stride)
 
 
 @dataclass(frozen=True, slots=True)
