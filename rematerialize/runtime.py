@@ -8,7 +8,8 @@ a running backward to its end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,12 @@ _SETTINGS = (
 )
 
 
+_HOOKED = (
+    "output {index} of this step has a hook or retain_grad(), and the forward itself goes on with it: the hook would "
+    "see only the part of its gradient that comes from outside of the step. Register it inside the forward, or unwrap"
+)
+
+
 def check_surroundings(tensors: Iterable[Tensor]) -> None:
     """Refuse to run a step inside of what it can't take part in; ``tensors`` are all that it reads.
 
@@ -84,15 +91,23 @@ class _Box:
     absent: frozenset[int] = frozenset()
     strides: tuple[tuple[int, tuple[int, ...]], ...] = ()
     anchors: tuple[Tensor, ...] = ()
+    features: tuple[tuple[int, weakref.ref[Tensor]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingStep:
-    """A captured step with emitted graphs: call it with the flat primals, get the model's output."""
+    """A captured step with emitted graphs: call it with the flat primals, get the model's output.
+
+    ``features`` are the outputs that the forward goes on with, by their positions.
+    """
 
     captured: CapturedStep
     emitted: EmittedStep
+    features: frozenset[int] = field(init=False)
     _derived: dict[Any, fx.GraphModule] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", frozenset(_features(self.captured.joint)))
 
     def backward(self, box: _Box) -> fx.GraphModule:
         """The backward graph for the tangents that are there, in their layouts."""
@@ -107,6 +122,8 @@ class TrainingStep:
 
     def __call__(self, primals: Sequence[Tensor]) -> Any:
         joint = self.captured.joint
+        for index in self.captured.asked:
+            primals[len(self.captured.slots) + index].requires_grad_()
         box = _Box(primals=list(primals))
         differentiable = [
             primal for primal, gradient in zip(primals, joint.gradients, strict=True) if gradient is not None
@@ -116,6 +133,7 @@ class TrainingStep:
         token = _Compute.apply(self, box, *differentiable)  # type: ignore[no-untyped-call]
         exposed = _Expose.apply(token, self, box)  # type: ignore[no-untyped-call]
         values: dict[int, Tensor] = dict(zip(self.emitted.outputs, exposed, strict=True))
+        box.features = tuple((i, weakref.ref(value)) for i, value in values.items() if i in self.features)
         results = []
         for index, alias in enumerate(joint.aliases):
             if alias.kind == "value":
@@ -128,6 +146,15 @@ class TrainingStep:
                 assert node is not None
                 results.append(private.view_again(base, node.meta["val"], alias))
         return self.captured.pack_outputs(results)
+
+
+def _features(joint: private.JointTrace) -> Iterator[int]:
+    """Positions of the outputs from which the forward computes others."""
+    for index, (alias, node) in enumerate(zip(joint.aliases, joint.outputs, strict=False)):
+        if alias.kind == "value" and node is not None:
+            readers = (reader for reader in node.users if reader.op == "call_function")
+            if any(phase_of(reader) == "forward" for reader in readers):
+                yield index
 
 
 def needed_outputs(joint: private.JointTrace) -> list[int]:
@@ -229,6 +256,10 @@ class _Expose(torch.autograd.Function):
     def backward(ctx: Any, *received: Tensor | None) -> tuple[Tensor, None, None]:
         step: TrainingStep = ctx.step
         _ = ctx.saved_tensors  # raises when the user changed an output in place that the backward reads
+        for index, feature in ctx.box.features:
+            value = feature()
+            if value is not None and (value._backward_hooks or value.retains_grad):
+                raise RuntimeError(_HOOKED.format(index=index))
         if any(tangent is not None and private.is_batched(tangent) for tangent in received):
             raise RuntimeError(_BATCHED)
         by_position = dict(zip(step.emitted.outputs, received, strict=True))

@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, TypeGuard
@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch._C import DispatchKey
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+from torch._functorch import eager_transforms
 from torch._functorch._aot_autograd import graph_capture_wrappers
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
@@ -40,8 +41,8 @@ from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._library import simple_registry
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.fx.experimental.proxy_tensor import PythonKeyTracer
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, get_proxy_slot
 from torch.fx.graph import CodeGen
 from torch.fx.node import _side_effectful_functions
 from torch.library import Library
@@ -582,7 +583,10 @@ def _read_joint(joint: Any, primal_count: int) -> JointTrace:
     graph_module = joint.graph_module
     metadata = joint._aot_state.fw_metadata
     if any(info.mutates_metadata or info.mutates_storage_metadata for info in metadata.input_info):
-        raise UnsupportedTraceError("the forward changes the shape or the storage of an input in place")
+        raise UnsupportedTraceError(
+            "it changes the shape or the storage of an input, a buffer or a parameter in place: make a new tensor "
+            "(x = x.unsqueeze(0) rather than x.unsqueeze_(0))"
+        )
     primals: list[fx.Node | None] = [None] * primal_count
     tangents: list[tuple[fx.Node, Any]] = []
     nodes = list(graph_module.graph.nodes)
@@ -595,7 +599,10 @@ def _read_joint(joint: Any, primal_count: int) -> JointTrace:
         elif isinstance(descriptor, TangentAOTInput):
             tangents.append((node, descriptor.output))
         else:
-            raise UnsupportedTraceError(f"the forward needs an input of kind {type(descriptor).__name__}")
+            raise UnsupportedTraceError(
+                "two of its inputs, buffers or parameters share memory, and it writes into one of them: pass a clone() "
+                "or write into a clone()"
+            )
     output_node = nodes[-1]
     found = _read_outputs(output_node, len(metadata.output_info), primal_count)
     position = {repr(descriptor): i for i, descriptor in enumerate(found.descriptors)}
@@ -603,7 +610,10 @@ def _read_joint(joint: Any, primal_count: int) -> JointTrace:
     for node, descriptor in tangents:
         key = repr(descriptor)
         if key not in position:
-            raise UnsupportedTraceError("an input that requires grad is changed in place inside the forward")
+            raise UnsupportedTraceError(
+                "it changes an input or a parameter that requires grad in place (Embedding's max_norm does, too): "
+                "change a clone() of it, or change it between steps"
+            )
         paired.append((node, position[key]))
     return JointTrace(
         graph=graph_module.graph,
@@ -698,7 +708,7 @@ def numeric_settings() -> dict[str, Any]:
         "fp32_precision": tuple(read(*where) for where in _FP32_PRECISION) if read is not None else None,
         "torch.get_default_dtype()": torch.get_default_dtype(),
         "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
-        "torch.get_float32_matmul_precision()": torch._C._get_float32_matmul_precision(),
+        "torch.get_float32_matmul_precision()": _matmul_precision(),
         "torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction": (
             torch._C._get_cublas_allow_fp16_reduced_precision_reduction()
         ),
@@ -715,6 +725,15 @@ def numeric_settings() -> dict[str, Any]:
             cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
         ),
     }
+
+
+def _matmul_precision() -> str | None:
+    """The older of two ways to set it; None where the newer one was used, after which torch refuses to tell."""
+    try:
+        precision: str = torch._C._get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+    return precision
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -771,6 +790,56 @@ def carry_tangents(tensors: Iterable[Tensor]) -> bool:
 def saving_hooks_around() -> bool:
     """Would what autograd saves now go through hooks (``saved_tensors_hooks``)?"""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+@contextlib.contextmanager
+def linearized(found: Callable[[], None]) -> Iterator[None]:
+    """Call ``found`` where ``torch.func.linearize`` starts to trace: within a trace that breaks autograd for good."""
+    disallow = eager_transforms.lazy_dynamo_disallow
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        found()
+        return disallow(function)
+
+    eager_transforms.lazy_dynamo_disallow = noted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        eager_transforms.lazy_dynamo_disallow = disallow
+
+
+SET_DATA = vars(torch._C.TensorBase)["data"].__set__
+GET_GRAD = vars(torch._C.TensorBase)["grad"].__get__
+
+
+def origins(tensor: Tensor) -> Set[int] | None:
+    """The positions among a trace's placeholders from which a tensor is computed, -1 for a draw.
+
+    None where no ops are recorded; an empty set for what no op made.
+    """
+    mode = get_proxy_mode()
+    if mode is None:
+        return None
+    if isinstance(tensor, FunctionalTensor):
+        torch._functionalize_sync(tensor.elem)
+        tensor = torch._from_functional_tensor(tensor.elem)
+    proxy = get_proxy_slot(tensor, mode.tracer, None)
+    if proxy is None:
+        return frozenset()
+    places = {node: at for at, node in enumerate(n for n in mode.tracer.graph.nodes if n.op == "placeholder")}
+    found: set[int] = set()
+    todo = [proxy.proxy.node]
+    seen = {*todo}
+    while todo:
+        node = todo.pop()
+        if node in places:
+            found.add(places[node])
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            found.add(-1)
+        fresh = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(fresh)
+        todo += fresh
+    return found
 
 
 @contextlib.contextmanager

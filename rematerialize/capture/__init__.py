@@ -3,11 +3,12 @@
 from rematerialize.capture.kernels import Kernel, KernelGraph, group_kernels
 from rematerialize.capture.lower import KernelCost, lower
 from rematerialize.capture.normalize import normalize
-from rematerialize.capture.step import CapturedStep, FlatInputs, capture, flatten_inputs, tensor_slots
+from rematerialize.capture.step import CapturedStep, FlatInputs, Hole, capture, flatten_inputs, tensor_slots
 
 __all__ = [
     "CapturedStep",
     "FlatInputs",
+    "Hole",
     "Kernel",
     "KernelCost",
     "KernelGraph",

@@ -9,6 +9,7 @@ chunk can be recomputed on its own. Weight gradients are then summed over chunks
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from rematerialize.capture.refusals import refuse_other_layouts
+from rematerialize.capture.refusals import refuse_before, refuse_other_layouts
 
 _SHORTEST_SPLIT_SEQUENCE = 32
 # A chunk's workspace is several times its outputs, so chunks are shorter than the square root of the steps.
@@ -41,6 +42,7 @@ class splitting_recurrences(TorchFunctionMode):
     ) -> Any:
         if getattr(func, "__name__", "") != "__get__":
             self.called.append(func)
+        refuse_before(func, sys._getframe(1).f_code.co_filename)
         if func is torch.lstm and not kwargs and _splittable(args):
             self.found = True
             if self.split:

@@ -33,6 +33,11 @@ def explain(error: Exception, *, in_backward: bool) -> CaptureError:
             f"the forward changes a view in place that as_strided made of another view{place}, which a trace can't "
             "follow: change a clone() of it, or take the view with narrow, select, view or transpose"
         )
+    if "mutating a non-functional tensor" in text:
+        return CaptureError(
+            f"a tensor is changed in place by what runs apart from the step{place} (a hook, a function of an inner "
+            "derivative), which a recorded step can't repeat: change it in the forward itself, or between steps"
+        )
     stage = "backward" if in_backward else "forward"
     return CaptureError(f"the model's {stage} raised {name}{place} during capture: {text[:300]}")
 

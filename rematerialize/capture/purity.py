@@ -1,27 +1,47 @@
 """Python state around a trace: put back what the forward changes, refuse what a planned step can't repeat.
 
 A planned step runs the recorded tensor operations, not the forward's Python. Caches that the forward fills are
-harmless: they are put back, and what they hold is part of the step. Counters, Python's own random numbers, and
-losses left on an attribute would silently be missed: they are refused.
+harmless: they are put back, and what they hold is part of the step. Counters, Python's own random numbers, losses
+left on an attribute, and values that the next call reads would silently be missed: they are refused.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import gc
 import random
 import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from rematerialize import torch_private as private
 from rematerialize.errors import CaptureError
 
 _LIBRARIES = ("torch", "sympy", "numpy", "rematerialize")
 _PLAIN = (int, float, bool, str, complex)
-_CONTAINERS = (list, dict, set)
+_CONTAINERS = (list, dict, set, deque)
+_RECORDS = (types.SimpleNamespace, argparse.Namespace)  # of the standard library, and yet a user's
+_TABLES = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()
+_DEPTH = 4  # of containers and records within those of a module
+_MANY = 10_000  # entries of a container that isn't looked into: a data set, not a state
+
+_LOST = (
+    "the forward changes {names}, which a planned step can't repeat: make a counter a buffer (register_buffer), return "
+    "a loss instead of leaving it on the module, draw random numbers with torch"
+)
+_MADE = "the forward makes {names} at its first call: call the model once, under torch.no_grad(), before it is planned"
+_KEPT = (
+    "the forward reads {name} as an earlier call left it, and a planned step leaves nothing there: keep it in a buffer "
+    "that the forward changes in place (register_buffer, then self.{last}.copy_(value)), or return it and pass it in"
+)
 
 
 class FunctionCaches:
@@ -51,41 +71,115 @@ class FunctionCaches:
                 function.cache_clear()
 
 
-@dataclass(slots=True)
-class Settled:
-    """Plain attributes that the first traced call set: (module number, name) to value; ``calls`` so far.
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A place where a forward can leave things: the attributes of a module or a record, or a container.
 
-    ``entries`` are those of attributes that are dicts and lists, by (module number, name, key).
+    ``name`` is what people call it, ``module`` the module whose attributes these are.
     """
 
-    values: dict[tuple[int, str], Any] = field(default_factory=dict)
-    entries: dict[tuple[int, str, Any], Any] = field(default_factory=dict)
+    name: str
+    table: Any
+    module: nn.Module | None = None
+    attributes: bool = False
+
+    def name_of(self, key: Any) -> str:
+        """What people call an entry."""
+        if self.attributes:
+            return f"{self.name}.{key}".lstrip(".")
+        return f"{self.name}[{key!r}]"
+
+
+def holders_of(model: nn.Module) -> list[Holder]:
+    """Every place below a model where its forward can leave things, each once. O(what they hold)."""
+    found: list[Holder] = []
+    seen: set[int] = set()
+
+    def visit(name: str, value: Any, depth: int) -> None:
+        if depth > _DEPTH or id(value) in seen or isinstance(value, Tensor):
+            return
+        if isinstance(value, nn.Module):
+            for prefix, module in value.named_modules():
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    add(Holder(".".join(filter(None, (name, prefix))), vars(module), module, True), depth)
+        elif isinstance(value, _CONTAINERS):
+            seen.add(id(value))
+            if len(value) <= _MANY:
+                add(Holder(name, value), depth)
+        elif _is_record(value):
+            seen.add(id(value))
+            add(Holder(name, vars(value), None, True), depth)
+
+    def add(holder: Holder, depth: int) -> None:
+        found.append(holder)
+        for key, value in [*_entries(holder.table)]:
+            if holder.module is None or key not in _TABLES:
+                visit(holder.name_of(key), value, depth + 1)
+
+    visit("", model, 0)
+    return found
+
+
+@dataclass(slots=True)
+class Settled:
+    """What the traced calls before this one left.
+
+    Attributes
+    ----------
+    values : dict
+        Plain values that the first call set, by the holder's number and the key.
+    calls : int
+        How many there were.
+    kept : dict
+        Tensors that the last call left, by the holder's number and the key: what they were computed from, as
+        ``origins`` tells; None where it can't be known.
+    """
+
+    values: dict[tuple[int, Any], Any] = field(default_factory=dict)
     calls: int = 0
+    kept: dict[tuple[int, Any], Set[int] | None] = field(default_factory=dict)
 
 
 class unchanged_python:
     """A context for one call of a forward: on exit everything is as it was, or a CaptureError says what isn't.
 
-    A trace calls the forward more than once. A plain attribute may be set in the first call if the next one, which
+    A trace calls the forward more than once. A plain value may be set in the first call if the next one, which
     starts from that value, leaves it there (``self.window_size = ...`` from the input's shape): ``settled`` carries
     such values from call to call. A counter moves on, and is refused.
+
+    Parameters
+    ----------
+    holders : sequence of Holder
+    caches : FunctionCaches
+    settled : Settled
+    origins : callable
+        Tensor to the primals from which it was computed, None where nothing is recorded.
+    poisoned : collection
+        Keys as in ``Settled.kept``: whatever reads there what the last call left is refused.
     """
 
-    def __init__(self, model: nn.Module, caches: FunctionCaches, settled: Settled) -> None:
-        self.modules = list(model.named_modules())
+    def __init__(
+        self,
+        holders: Sequence[Holder],
+        caches: FunctionCaches,
+        settled: Settled,
+        origins: Callable[[Tensor], Set[int] | None],
+        poisoned: Iterable[tuple[int, Any]] = (),
+    ) -> None:
+        self.holders = holders
         self.caches = caches
         self.settled = settled
+        self.origins = origins
+        self.poisoned = poisoned
 
     def __enter__(self) -> None:
-        self.attributes = [dict(vars(module)) for _, module in self.modules]
-        for (index, name), value in self.settled.values.items():
-            vars(self.modules[index][1])[name] = value
-        self.contents = [
-            {name: value.copy() for name, value in own.items() if isinstance(value, _CONTAINERS)}
-            for own in self.attributes
-        ]
-        for (index, name, key), value in self.settled.entries.items():
-            self.attributes[index][name][key] = value
+        self.before = [_copied(holder.table) for holder in self.holders]
+        self.tables = [[dict(h.table[t]) for t in _TABLES] if h.module is not None else [] for h in self.holders]
+        for (index, key), value in self.settled.values.items():
+            self.holders[index].table[key] = value
+        for index, key in self.poisoned:
+            _put(self.holders[index].table, key, _LeftBehind.under(self.holders[index].name_of(key)))
         self.random = random.getstate()
         numpy = sys.modules.get("numpy")
         self.numpy = numpy.random.get_state() if numpy is not None else None
@@ -94,35 +188,58 @@ class unchanged_python:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.caches.forget()
         found = self._restore_generators()
-        for index, (prefix, module) in enumerate(self.modules):
-            found += [f"{prefix}.{name}".lstrip(".") for name in self._moved(index, module)]
-            left = _restore(module, self.attributes[index], self.contents[index])
-            found += [f"{prefix}.{name}".lstrip(".") for name in left]
+        made: list[str] = []
+        self.settled.kept = {}
+        for index, holder in enumerate(self.holders):
+            made += self._made(index, holder)
+            found += self._moved(index, holder)
+            found += self._left(index, holder)
+            _refill(holder.table, self.before[index])
         self.settled.calls += 1
-        if found and kind is None:
-            raise CaptureError(
-                f"the forward changes {', '.join(found[:3])}, which a planned step can't repeat: make a counter a "
-                "buffer (register_buffer), return a loss instead of leaving it on the module, draw random numbers "
-                "with torch"
-            )
+        if kind is None and (made or found):
+            raise CaptureError((_MADE if made else _LOST).format(names=", ".join((made or found)[:3])))
 
-    def _moved(self, index: int, module: nn.Module) -> list[str]:
-        """Plain attributes that the forward set to another value than it found, the first call's excused."""
+    def _made(self, index: int, holder: Holder) -> list[str]:
+        """Parameters, buffers and parts that weren't there; what was there and is another is seen elsewhere."""
+        made = []
+        for name, before in zip(_TABLES, self.tables[index], strict=False):
+            table = holder.table[name]
+            made += [repr(holder.name_of(k)) for k, v in table.items() if v is not None and before.get(k) is None]
+        return made
+
+    def _moved(self, index: int, holder: Holder) -> list[str]:
+        """Plain values that the forward set to others than it found, the first call's excused."""
+        if not isinstance(holder.table, dict | list):
+            return []
         moved = []
-        for name, now in vars(module).items():
-            before = self.settled.values.get((index, name), self.attributes[index].get(name))
-            if isinstance(now, _PLAIN) and isinstance(before, _PLAIN) and now != before:
+        for key, now in _entries(holder.table):
+            before = self.settled.values.get((index, key), _entry(self.before[index], key))
+            grown = before is _ABSENT and isinstance(holder.table, list)  # a log that is filled is no counter
+            if isinstance(now, _PLAIN) and not grown and _settles(before) and now != before:
                 if self.settled.calls:
-                    moved.append(name)
-                self.settled.values[index, name] = now
-        for name, copy in self.contents[index].items():
-            for key, now in _entries(self.attributes[index][name]):
-                before = self.settled.entries.get((index, name, key), _entry(copy, key))
-                if isinstance(now, _PLAIN) and isinstance(before, _PLAIN) and now != before:
-                    if self.settled.calls:
-                        moved.append(name)
-                    self.settled.entries[index, name, key] = now
+                    moved.append(holder.name_of(key))
+                self.settled.values[index, key] = now
         return moved
+
+    def _left(self, index: int, holder: Holder) -> list[str]:
+        """Note tensors that the forward left; returns the names of those that must not be lost.
+
+        A weight with a ``_orig`` parameter is computed from it at each call (spectral_norm, prune).
+        """
+        lost = []
+        known = {id(value) for _, value in _entries(self.before[index])}
+        for key, now in _entries(holder.table):
+            if not isinstance(now, Tensor) or isinstance(now, _LeftBehind) or id(now) in known:
+                continue
+            before = _entry(self.before[index], key)
+            derived = isinstance(before, Tensor) and before.grad_fn is not None  # weight_norm's weight
+            if derived or (holder.module is not None and f"{key}_orig" in holder.module._parameters):
+                continue
+            if now.requires_grad:
+                lost.append(holder.name_of(key))
+            elif not isinstance(holder.table, set):
+                self.settled.kept[index, key] = self.origins(now)
+        return lost
 
     def _restore_generators(self) -> list[str]:
         found = []
@@ -138,90 +255,101 @@ class unchanged_python:
         return found
 
 
-class kept_whole:
-    """The model as it was, should a trace be interrupted where nothing else puts it back (ctrl-C at any line)."""
+class _LeftBehind(Tensor):
+    """Stands where a call left a tensor: any use of it is a reading of what an earlier call computed."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self.contents: list[tuple[Any, Any]] = []
-        for module in model.modules():
-            own = vars(module)
-            for table in (own, module._parameters, module._buffers, module._modules):
-                self.tables.append((table, dict(table)))
-            self.contents += [(value, value.copy()) for value in own.values() if isinstance(value, _CONTAINERS)]
+    _place: str
+
+    @classmethod
+    def under(cls, place: str) -> _LeftBehind:
+        with private.outside_of_modes():
+            made = torch.Tensor._make_subclass(cls, torch.empty(0))
+        made._place = place
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        place = next((str(vars(a)["_place"]) for a in _flat((*args, kwargs)) if isinstance(a, cls)), "an attribute")
+        raise CaptureError(_KEPT.format(name=repr(place), last=place.rpartition(".")[2].partition("[")[0]))
+
+
+def _flat(values: Any) -> Iterable[Any]:
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, list | tuple | dict):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+class kept_whole:
+    """The model as it was, should a trace end where nothing else puts it back: ctrl-C at any line, or a refusal."""
+
+    def __init__(self, holders: Sequence[Holder]) -> None:
+        tables = [holder.table[name] for holder in holders if holder.module is not None for name in _TABLES]
+        self.before = [(table, _copied(table)) for table in (*(holder.table for holder in holders), *tables)]
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is None or issubclass(kind, Exception):
-            return
-        for table, before in (*self.tables, *self.contents):
-            _refill(table, before)
+        if kind is not None:
+            for table, before in self.before:
+                _refill(table, before)
 
 
-def _restore(module: nn.Module, own: dict[str, Any], contents: dict[str, Any]) -> list[str]:
-    """Put a module's attributes back; returns the names of those that must not change.
+def _is_record(value: Any) -> bool:
+    """Whether a value is an object of a user's class, or of one that stands for such."""
+    if isinstance(value, type | types.ModuleType | types.FunctionType) or not hasattr(value, "__dict__"):
+        return False
+    root = (type(value).__module__ or "").partition(".")[0]
+    return isinstance(value, _RECORDS) or not (root in _LIBRARIES or root in sys.stdlib_module_names)
 
-    A weight with a ``_orig`` parameter is computed from it at each call (spectral_norm, prune).
-    """
-    table = vars(module)
-    found = []
-    for name in list(table):
-        before, now = own.get(name), table[name]
-        if name not in own or before is not now:
-            if _matters(before, now) and f"{name}_orig" not in module._parameters:
-                found.append(name)
-            if name in own:
-                table[name] = before
-            else:
-                del table[name]
-    table.update({name: value for name, value in own.items() if name not in table})
-    for name, copy in contents.items():
-        if name in ("_parameters", "_buffers", "_modules"):
-            continue
-        if _grew_losses(own[name], copy):
-            found.append(name)
-        _refill(own[name], copy)
-    return found
+
+def _settles(before: Any) -> bool:
+    return before is None or before is _ABSENT or isinstance(before, _PLAIN)
+
+
+def _copied(container: Any) -> Any:
+    """A plain copy: a class of a user's may copy in another way."""
+    if isinstance(container, dict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
 
 
 def _entries(container: Any) -> list[tuple[Any, Any]]:
-    """Keys or positions of a container that can be set again, with what stands there."""
+    """Keys or positions of a container, with what stands there; of a set the values themselves."""
     if isinstance(container, dict):
         return list(container.items())
-    return list(enumerate(container)) if isinstance(container, list) else []
+    return list(enumerate(container))
 
 
 def _entry(container: Any, key: Any) -> Any:
-    """What stands at a key or a position; ``_ABSENT`` where nothing does: a new entry is no counter."""
+    """What stands at a key or a position; ``_ABSENT`` where nothing does."""
     if isinstance(container, dict):
         return container.get(key, _ABSENT)
-    return container[key] if key < len(container) else _ABSENT
+    return container[key] if isinstance(container, list | deque) and key < len(container) else _ABSENT
 
 
-def _matters(before: Any, now: Any) -> bool:
-    derived = isinstance(before, Tensor) and before.grad_fn is not None  # weight_norm's weight, computed each call
-    return isinstance(now, Tensor) and now.requires_grad and not derived
-
-
-def _grew_losses(container: Any, before: Any) -> bool:
-    values = list(container.values()) if isinstance(container, dict) else list(container)
-    known = {id(value) for value in (before.values() if isinstance(before, dict) else before)}
-    return any(isinstance(v, Tensor) and v.requires_grad and id(v) not in known for v in values)
+def _put(container: Any, key: Any, value: Any) -> None:
+    if isinstance(container, dict) or key < len(container):
+        container[key] = value
+    else:
+        container.append(value)
 
 
 def _refill(container: Any, before: Any) -> None:
     same = len(container) == len(before)
     if same and isinstance(container, dict):
         same = all(key in before and before[key] is value for key, value in container.items())
-    elif same and isinstance(container, list):
+    elif same and not isinstance(container, set):
         same = all(a is b for a, b in zip(container, before, strict=True))
     elif same:
         same = container == before
     if not same:
         container.clear()
-        if isinstance(container, list):
+        if isinstance(container, list | deque):
             container.extend(before)
         else:
             container.update(before)

@@ -69,12 +69,44 @@ def refuse_sparse_primals(names: Sequence[str], primals: Sequence[Tensor]) -> No
             raise CaptureError(f"{name} is a {_kind(primal)} ({_layout(primal)}): {_way_of(primal)}")
 
 
+_TO_SPARSE = frozenset(
+    {"to_sparse", "to_sparse_coo", "to_sparse_csr", "to_sparse_csc", "to_sparse_bsr", "to_sparse_bsc"}
+)
+
+
+def refuse_before(function: Any, caller: str) -> None:
+    """Refuse what a trace would miss or not survive, before the forward does it; ``caller`` is the calling file."""
+    name = getattr(function, "__name__", "")
+    if name == "__set__" and function == private.SET_DATA:
+        raise CaptureError(
+            f"the forward assigns to .data of a tensor{_here()}, which a recorded step can't repeat: change the tensor "
+            "in place under torch.no_grad() instead (weight.copy_(value))"
+        )
+    if name == "__get__" and function == private.GET_GRAD and private.is_users(caller):
+        raise CaptureError(
+            f"the forward reads .grad of a tensor{_here()}, which changes from step to step and isn't part of a plan: "
+            "pass it as an input"
+        )
+    if name in _TO_SPARSE:
+        raise CaptureError(f"the forward makes a sparse tensor{_here()} ({name}): {_SPARSE_WAY}")
+
+
+def refuse_linearize() -> None:
+    """Raise where a forward calls ``torch.func.linearize``."""
+    raise CaptureError(
+        f"the forward calls torch.func.linearize{_here()}, which traces, and can't within a trace: use torch.func.jvp"
+    )
+
+
+def _here() -> str:
+    line = private.user_line()
+    return f" at {line}" if line else ""
+
+
 def refuse_other_layouts(result: Any) -> None:
     """Refuse a sparse value where the forward makes it: its backward may not even be traceable."""
     if isinstance(result, Tensor) and result.layout is not torch.strided:
-        line = private.user_line()
-        place = f" at {line}" if line else ""
-        raise CaptureError(f"the forward makes a {_kind(result)}{place} ({_layout(result)}): {_way_of(result)}")
+        raise CaptureError(f"the forward makes a {_kind(result)}{_here()} ({_layout(result)}): {_way_of(result)}")
 
 
 def refuse_unplannable(joint: private.JointTrace, names: Sequence[str]) -> None:

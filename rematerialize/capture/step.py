@@ -7,9 +7,10 @@ runtime can put it back around the rewritten graph.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ from rematerialize.capture.generators import (
 )
 from rematerialize.capture.kernel_layouts import kernel_result, kernel_strides
 from rematerialize.capture.known_values import KnownValues
-from rematerialize.capture.purity import FunctionCaches, Settled, kept_whole, unchanged_python
-from rematerialize.capture.refusals import refuse_sparse_primals, refuse_unplannable
+from rematerialize.capture.purity import FunctionCaches, Settled, holders_of, kept_whole, unchanged_python
+from rematerialize.capture.refusals import refuse_linearize, refuse_sparse_primals, refuse_unplannable
 from rematerialize.errors import CaptureError
 from rematerialize.python_state import PythonState, changed, python_state
 
@@ -55,7 +56,7 @@ class TensorSlot:
 class FlatInputs:
     """A call's arguments, flattened: ``tensors`` in order, and what is needed to build the call again.
 
-    ``leaves`` holds an index into ``tensors`` (as ``_Hole``) or the constant itself.
+    ``leaves`` holds an index into ``tensors`` (as ``Hole``) or the constant itself.
     """
 
     tensors: tuple[Tensor, ...]
@@ -63,14 +64,27 @@ class FlatInputs:
     spec: private.TreeSpec
 
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        leaves = [tensors[leaf.index] if isinstance(leaf, _Hole) else leaf for leaf in self.leaves]
+        leaves = [tensors[leaf.index] if isinstance(leaf, Hole) else leaf for leaf in self.leaves]
         args, kwargs = private.tree_unflatten(leaves, self.spec)
         return args, kwargs
 
 
 @dataclass(frozen=True, slots=True)
-class _Hole:
+class Hole:
+    """Stands for the tensor of that index among the leaves of a call's arguments, or of its result."""
+
     index: int
+
+
+class _GradientAskedError(CaptureError):
+    """The forward calls ``requires_grad_()`` on some of its inputs, which the trace was told need no gradient."""
+
+    def __init__(self, inputs: tuple[int, ...]) -> None:
+        names = ", ".join(f"input {i}" for i in inputs)
+        super().__init__(
+            f"the forward calls requires_grad_() on {names} at some calls only: call it before the forward"
+        )
+        self.inputs = inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +92,9 @@ class CapturedStep:
     """A captured step: the joint trace, and how flat values map to the module and to the call.
 
     ``slots[i]`` is the home of primal ``i``; the primals after them are the input tensors. ``output_leaves``
-    holds a ``_Hole`` (an index into the flat tensor outputs) or a constant per output leaf. ``splittable``:
-    a capture with ``split_recurrences`` would be finer.
+    holds a ``Hole`` (an index into the flat tensor outputs) or a constant per output leaf. ``splittable``:
+    a capture with ``split_recurrences`` would be finer. ``asked``: input tensors on which the forward itself calls
+    ``requires_grad_()``.
     """
 
     joint: private.JointTrace
@@ -87,6 +102,7 @@ class CapturedStep:
     output_leaves: tuple[Any, ...]
     output_spec: private.TreeSpec
     splittable: bool = False
+    asked: tuple[int, ...] = ()
 
     def primal_names(self) -> list[str]:
         """What people call the primals: qualified names, then "input 0" and so on."""
@@ -94,7 +110,7 @@ class CapturedStep:
         return [slot.name for slot in self.slots] + [f"input {i}" for i in range(inputs)]
 
     def pack_outputs(self, tensors: Sequence[Tensor]) -> Any:
-        leaves = [tensors[leaf.index] if isinstance(leaf, _Hole) else leaf for leaf in self.output_leaves]
+        leaves = [tensors[leaf.index] if isinstance(leaf, Hole) else leaf for leaf in self.output_leaves]
         return private.tree_unflatten(leaves, self.output_spec)
 
 
@@ -111,7 +127,7 @@ def flatten_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> FlatInputs
         if id(leaf) not in seen:
             seen[id(leaf)] = len(tensors)
             tensors.append(leaf)
-        leaves.append(_Hole(seen[id(leaf)]))
+        leaves.append(Hole(seen[id(leaf)]))
     return FlatInputs(tuple(tensors), tuple(leaves), spec)
 
 
@@ -159,6 +175,22 @@ def capture(
         If the forward can't be traced (its own exception, data-dependent control flow or shapes, constructs
         that the package doesn't handle), or needs no gradient. It names the user's line.
     """
+    try:
+        return _capture(model, forward, inputs, split_recurrences)
+    except _GradientAskedError as error:
+        asked = [inputs.tensors[index] for index in error.inputs]
+        for tensor in asked:
+            tensor.requires_grad_()
+        try:
+            return replace(_capture(model, forward, inputs, split_recurrences), asked=error.inputs)
+        finally:
+            for tensor in asked:
+                tensor.requires_grad_(False)
+
+
+def _capture(
+    model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs, split_recurrences: bool
+) -> CapturedStep:
     slots = tensor_slots(model)
     primals = [slot.read() for slot in slots]
     known = {id(tensor) for tensor in primals}
@@ -174,11 +206,20 @@ def capture(
         )
     # First the way that eager goes. Libraries that know of compilers have another one, without looks at values: it
     # costs memory and rounding (a whole mask in place of "causal"), but it can be traced where eager's can't.
+    trace = functools.partial(_traced, model, forward, inputs, slots, primals, split_recurrences)
+    compiling = False
     try:
-        recorder, joint = _traced(model, forward, inputs, slots, primals, split_recurrences, compiling=False)
+        recorder, joint = trace(compiling=False)
     except _NotTracedError:
+        compiling = True
         try:
-            recorder, joint = _traced(model, forward, inputs, slots, primals, split_recurrences, compiling=True)
+            recorder, joint = trace(compiling=True)
+        except _NotTracedError as error:
+            raise error.told from error.__cause__
+    left = _left_of_data(recorder.settled, joint, slots)
+    if left:
+        try:
+            trace(compiling=compiling, poisoned=left)
         except _NotTracedError as error:
             raise error.told from error.__cause__
     resolve_generators(joint, recorder.generators)
@@ -209,12 +250,15 @@ def _traced(
     split_recurrences: bool,
     *,
     compiling: bool,
+    poisoned: frozenset[tuple[int, Any]] = frozenset(),
 ) -> tuple[_Recorder, private.JointTrace]:
-    recorder = _Recorder(model, forward, inputs, slots, splitting_recurrences(split_recurrences))
+    recorder = _Recorder(model, forward, inputs, slots, splitting_recurrences(split_recurrences), poisoned)
     try:
-        with kept_whole(model):
+        with kept_whole(recorder.holders), private.linearized(refuse_linearize):
             rules = private.FakeRules(kernel_strides, kernel_result, KnownValues())
-            return recorder, private.trace_joint(recorder, primals, rules, compiling=compiling)
+            joint = private.trace_joint(recorder, primals, rules, compiling=compiling)
+            recorder.refuse_late_writes()
+            return recorder, joint
     except CaptureError:
         raise
     except private.UnsupportedTraceError as error:
@@ -233,10 +277,13 @@ class _Recorder:
         inputs: FlatInputs,
         slots: tuple[TensorSlot, ...],
         recurrences: splitting_recurrences,
+        poisoned: frozenset[tuple[int, Any]],
     ) -> None:
         self.recurrences = recurrences
+        self.poisoned = poisoned
         self.generators = own_generators(model, inputs.leaves)
         self.caches = FunctionCaches()
+        self.holders = holders_of(model)
         self.settled = Settled()
         self.model = model
         self.forward = forward
@@ -247,6 +294,7 @@ class _Recorder:
         self.in_backward = False
         self.casts = WeightCasts([*(slot.read() for slot in slots), *inputs.tensors])
         self.state: PythonState | None = None
+        self.versions: list[tuple[Tensor, int]] = []  # of what the last call was given, when it was done
 
     def __call__(self, *flat: Tensor) -> Sequence[Tensor]:
         self.in_backward = False
@@ -255,7 +303,7 @@ class _Recorder:
             # Inside the swap: attributes are compared with the values that the swap put there.
             previous, self.recurrences.called = self.recurrences.called, []
             with (
-                unchanged_python(self.model, self.caches, self.settled),
+                unchanged_python(self.holders, self.caches, self.settled, private.origins, self.poisoned),
                 unseeded_generators(self.generators),
                 private.spied_default_generator(refuse_seeding),
                 self.casts.of_call(flat),
@@ -268,6 +316,7 @@ class _Recorder:
                 )
             self._refuse_moving()
             self._refuse_reassigned(flat)
+            self._tell_of_asked(flat)
         leaves, spec = private.tree_flatten(output)
         tensors: list[Tensor] = []
         noted: list[Any] = []
@@ -277,7 +326,7 @@ class _Recorder:
                 if id(leaf) not in positions:
                     positions[id(leaf)] = len(tensors)
                     tensors.append(leaf)
-                noted.append(_Hole(positions[id(leaf)]))
+                noted.append(Hole(positions[id(leaf)]))
             elif isinstance(leaf, _PLAIN_TYPES):
                 noted.append(leaf)
             else:
@@ -293,7 +342,19 @@ class _Recorder:
             )
         self.structure = (tuple(noted), spec)
         self.in_backward = True
+        self.versions = [(tensor, tensor._version) for tensor in flat]
         return tensors
+
+    def refuse_late_writes(self) -> None:
+        """Refuse what a backward wrote: a recorded backward returns gradients, and nothing else."""
+        names = [slot.name for slot in self.slots] + [f"input {i}" for i in range(len(self.inputs.tensors))]
+        pairs = zip(names, self.versions, strict=True)
+        written = [name for name, (tensor, version) in pairs if tensor._version != version]
+        if written:
+            raise CaptureError(
+                f"the backward changes {', '.join(written[:3])} (an autograd.Function's, or a hook's), which a "
+                "recorded backward can't repeat: change it in the forward, or between steps"
+            )
 
     def _refuse_moving(self) -> None:
         """The first call may fill in a default outside of the module (a config's); what moves on is a counter."""
@@ -304,6 +365,12 @@ class _Recorder:
                 "can't repeat: make a counter a buffer (register_buffer), or change it outside of the forward"
             )
 
+    def _tell_of_asked(self, flat: Sequence[Tensor]) -> None:
+        tensors = zip(flat[len(self.slots) :], self.inputs.tensors, strict=True)
+        asked = tuple(i for i, (now, given) in enumerate(tensors) if now.requires_grad and not given.requires_grad)
+        if asked:
+            raise _GradientAskedError(asked)
+
     def _refuse_reassigned(self, flat: Sequence[Tensor]) -> None:
         for owner, attribute, index in self.homes:
             if _member(owner, attribute) is not flat[index]:
@@ -311,6 +378,22 @@ class _Recorder:
                     f"the forward replaces {self.slots[index].name!r} by a new tensor: change it in place "
                     "(for example self.buffer.copy_(value)) so that the update is part of the step"
                 )
+
+
+def _left_of_data(
+    settled: Settled, joint: private.JointTrace, slots: Sequence[TensorSlot]
+) -> frozenset[tuple[int, Any]]:
+    """Where the forward leaves tensors that another call would compute anew, and differently: what follows from data,
+    from what is trained, written or drawn. What follows from shapes and constant buffers is a cache.
+    """
+    written = {primal for primal, _ in joint.mutations}
+
+    def constant(primal: int) -> bool:
+        return 0 <= primal < len(slots) and primal not in written and not slots[primal].read().requires_grad
+
+    return frozenset(
+        place for place, origins in settled.kept.items() if origins is None or not all(map(constant, origins))
+    )
 
 
 def _refuse_hooks() -> None:
