@@ -22,7 +22,20 @@ from tests.strategies import budgets
 from tests.test_cli import run_cli, the_error
 
 FEW = polish.Effort(
-    starts=2, first=200, second=600, squeeze=600, deepest=1, lanes=2, halfway=200, halvings=7, exchanges=1, stride=1
+    starts=2,
+    first=200,
+    second=600,
+    squeeze=600,
+    deepest=1,
+    lanes=2,
+    patient=200,
+    rounds=3,
+    idle=2,
+    spliced=3,
+    halfway=200,
+    halvings=7,
+    exchanges=1,
+    stride=1,
 )
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from rematerialize.solve.descent import STRETCHES, reach, squeeze
 from rematerialize.solve.native import FlatStep, Workbench
+from rematerialize.solve.splice import Splicer
 from rematerialize.solve.step import Plan
 
 Job = TypeVar("Job")
@@ -25,7 +26,7 @@ DEEP = 4  # how much more the lowest plans of a small step get for going lower s
 ABOVE = 5  # levels next to the minimum of a small step from which descents to it start
 BULGE, BULGES = 0.001, 2  # how far, in shares of the time, a level may be off the line between its neighbours
 THRESHOLDS = (0.03, 0.3, 0.003)  # how much slower a plan may be to go on from, restart by restart
-PATIENT = 200_000, ((0.003, 0.0005, 0.01), (0.01, 0.03, 0.003))  # moves and thresholds of searches without restarts
+PATIENT = (0.003, 0.01, 0.03, 0.1)  # thresholds of the searches of a round at the minimum
 SMALL = 400  # ops up to which quality goes before a second's wait
 EXCHANGED = 800  # ops up to which levels try what a higher one found: descents take long
 MEDIUM = 3_000  # ops up to which every level is searched
@@ -65,6 +66,12 @@ class Effort:
         Of the lowest plans found so, how many are lowered further.
     lanes : int
         Descents through all levels near the minimum, each with its own way down.
+    patient : int
+        Moves of every search of a round around the lowest plan.
+    rounds, idle : int
+        Such rounds at most, and without gain; after one without, the next gets twice as many moves.
+    spliced : int
+        Of the plans that searches at a level ended with, how many are spliced; none at all without one.
     halfway : int
         Moves for a level between two others, of those that a budget asks for.
     halvings : int
@@ -81,6 +88,10 @@ class Effort:
     squeeze: int
     deepest: int = 0
     lanes: int = 0
+    patient: int = 0
+    rounds: int = 0
+    idle: int = 0
+    spliced: int = 0
     halfway: int
     halvings: int
     exchanges: int
@@ -98,6 +109,10 @@ def effort_for(ops: int) -> Effort:
             squeeze=1_800 * share,
             deepest=3,
             lanes=6,
+            patient=min(4_000 * share, 60_000),
+            rounds=12,
+            idle=3,
+            spliced=12,
             halfway=240 * share,
             halvings=7,
             exchanges=3,
@@ -152,6 +167,9 @@ class Polisher:
         self.descends = self.ops <= EXCHANGED
         self.longest = (LONG if self.ops <= SMALL else LONG // 3) * self.ops
         self._free: list[Workbench] = []
+        self._splicer = Splicer(flat.step)
+        self._tried: dict[int, list[Point]] = {}  # by level, what searches ended with
+        self._front: list[Point] = []  # of all plans that levels were given and that they got
 
     def squeeze(self, points: Sequence[Point], others: Sequence[Point] = ()) -> list[Point]:
         """Return plans of lower peak, from the lowest of every order and of the solvers that got lowest, and others."""
@@ -226,39 +244,61 @@ class Polisher:
             return job[0] if self._late() else self.at(job[0], job[1], work=work, seed=2)
 
         ranked = sorted({*levels}, reverse=True)
+        self._tried = {level: [] for level in ranked} if self.effort.spliced else {}
+        self._front = [*fronts([*self._front, *short])]
         steep = steep_below(ranked[-1], ranked[0])
         easy = ranked[0] * 6 // 10  # with so much room the first pass is within 0.3 % of the lower bound
         found = [(point, level) for point, level in zip(side_by_side(first, ranked), ranked, strict=True) if point]
         if self.effort.second:
             found = [(point, level) for point, (_, level) in zip(side_by_side(second, found), found, strict=True)]
-        plans = [point for point, _ in found]
+        plans, within = [point for point, _ in found], [level for _, level in found]
         if self.effort.lanes and tops:
-            plans = self._lanes(plans, [level for _, level in found], steep, tops)
+            plans = self._lanes(plans, within, steep, tops)
+        plans = self._spliced(plans, within)
         for _ in range(self.effort.exchanges):
-            plans = self._exchanged(plans, [level for _, level in found])
+            plans = self._exchanged(plans, within)
         for turn in range(BULGES if self.ops <= SMALL else 0):
-            plans = self._flattened(plans, [level for _, level in found], turn)
-        if plans and self.ops <= SMALL:
-            plans[-1] = self._patiently(plans[-1], found[-1][1])
+            plans = self._flattened(plans, within, turn)
+            plans = self._spliced(plans, within, 0 if turn == 0 else len(plans) - 1)
+        plans = self._spliced(self._patiently(plans, within), within)
+        self._front = [*fronts([*self._front, *plans])]
         return plans
 
-    def _patiently(self, start: Point, level: int) -> Point:
-        """Search from one plan for long: at the minimum many small changes lie between good plans."""
-        moves, ways = PATIENT
+    def _spliced(self, plans: Sequence[Point], levels: Sequence[int], first: int = 0) -> list[Point]:
+        """Splice each level's plan, from some level down, from all there are and what searches at it ended with."""
+        plans = list(plans)
+        for at in range(first, len(plans)) if self.effort.spliced else ():
+            tried = sorted(self._tried[levels[at]], key=by_time)[: self.effort.spliced]
+            pool = [point.plan for point in [*plans, *tried, *self._front] if point.length <= self.longest]
+            found = self._splicer.splice([*dict.fromkeys([plans[at].plan, *pool])], levels[at])
+            if found is not None:
+                plans[at] = self.better(plans[at], replace(self._replay(found, plans[at].solver), rank=plans[at].rank))
+        return plans
+
+    def _patiently(self, plans: Sequence[Point], levels: Sequence[int]) -> list[Point]:
+        """Search around the lowest plan again and again: at the minimum many small changes lie between good plans."""
+        plans, idle = list(plans), 0
+        for turn in range(self.effort.rounds if plans else 0):
+            start = plans[-1]
+            plans[-1] = self._round(start, levels[-1], self.effort.patient << idle, seed=41 + 10 * turn)
+            plans = self._spliced(plans, levels, len(plans) - 1)
+            idle = 0 if plans[-1].time_s < start.time_s else idle + 1
+            if idle == self.effort.idle:
+                break
+        return plans
+
+    def _round(self, start: Point, level: int, moves: int, *, seed: int) -> Point:
+        """Return the best of several searches from one plan, without restarts."""
 
         def run(way: int) -> Point:
-            best = start
-            for turn, threshold in enumerate(ways[way]):
-                if self._late():
-                    break
-                with self._bench(2 * best.length + self.ops) as bench:
-                    if bench.load(best.plan):
-                        work = self._affordable(min(moves, 20 * self.effort.second), best)
-                        bench.improve(level, work, threshold=threshold, seed=41 + 10 * way + turn)
-                        best = self.better(best, self._replay(bench.plan(), start.solver))
-            return best
+            with self._bench(2 * start.length + self.ops) as bench:
+                if self._late() or not bench.load(start.plan):
+                    return start
+                work = self._affordable(moves, start)
+                bench.improve(level, work, threshold=PATIENT[way], seed=seed + way)
+                return self._noted(bench, level, start)
 
-        return min(side_by_side(run, range(len(ways))), key=lambda point: point.time_s)
+        return min([start, *side_by_side(run, range(len(PATIENT)))], key=lambda point: point.time_s)
 
     def _lanes(self, plans: Sequence[Point], levels: Sequence[int], steep: int, tops: Sequence[Point]) -> list[Point]:
         """Go down to the lowest levels from several plans above them, level by level: each may end elsewhere."""
@@ -355,7 +395,7 @@ class Polisher:
                 return None
             bench.spend(level)
             self._improve(bench, level, work, seed=seed)
-            return self._replay(bench.plan(), start.solver)
+            return self._noted(bench, level, start)
 
     def _improve(self, bench: Workbench, level: int, work: int, *, seed: int) -> None:
         for turn, part in enumerate(_turns(work) if self.ops <= LARGE else (work,)):
@@ -368,7 +408,14 @@ class Polisher:
                 return start
             bench.spend(level, rounds=20 if self.ops <= SMALL else 4 if self.ops <= MEDIUM else 2)
             self._improve(bench, level, work, seed=seed)
-            return self._replay(bench.plan(), start.solver)  # a bench rounds sizes, and its sums of times drift
+            return self._noted(bench, level, start)
+
+    def _noted(self, bench: Workbench, level: int, start: Point) -> Point:
+        """Return the plan on a bench, replayed: a bench rounds sizes, and its sums of times drift."""
+        point = self._replay(bench.plan(), start.solver)
+        if level in self._tried:
+            self._tried[level].append(point)
+        return point
 
     def _bench(self, length: int, *, varied: bool = True) -> _Borrowed:
         most = self.ops <= SMALL
@@ -419,6 +466,11 @@ def steep_below(least: int, most: int) -> int:
 def by_peak(point: Point) -> tuple[int, float, int]:
     """Sort key: low peaks first, then fast ones, then short ones."""
     return point.peak_bytes, point.time_s, point.length
+
+
+def by_time(point: Point) -> tuple[float, int, tuple[int, ...]]:
+    """Sort key: fast plans first, and no two different ones alike: threads end in any order."""
+    return point.time_s, point.peak_bytes, point.plan.order
 
 
 def starts(points: Iterable[Point], level: int) -> list[Point]:
