@@ -189,13 +189,17 @@ class Result:
     dtype: torch.dtype
 
 
+# As LayoutRule, for the type that the kernel returns.
+DtypeRule = Callable[[Any, Sequence[Any], int, Tensor], torch.dtype | None]
 # For an op, its arguments and keyword arguments: its result, None where the fake kernel is to be asked.
 ResultRule = Callable[[Any, Sequence[Any], Mapping[str, Any]], Result | None]
 
 
 @contextlib.contextmanager
-def real_layouts(strides: LayoutRule, results: ResultRule) -> Iterator[None]:
-    """Give the results of fake kernels the layouts that the real ones return; ``results`` knows some ops altogether."""
+def real_layouts(strides: LayoutRule, dtypes: DtypeRule, results: ResultRule) -> Iterator[None]:
+    """Give the results of fake kernels the layouts and types that the real ones return; ``results`` knows some ops
+    altogether.
+    """
     with _TRACE_LOCK:
         dispatch = FakeTensorMode.dispatch
 
@@ -206,13 +210,16 @@ def real_layouts(strides: LayoutRule, results: ResultRule) -> Iterator[None]:
                     return torch.empty(known.shape, dtype=known.dtype, device=args[0].device)
             result = dispatch(mode, op, types, args, kwargs or {})
             if isinstance(result, Tensor):
-                return _laid_out(mode, result, strides(op, args, 0, result))
+                return as_real(mode, op, args, 0, result)
             if isinstance(result, tuple):
                 return tuple(
-                    _laid_out(mode, one, strides(op, args, at, one)) if isinstance(one, Tensor) else one
+                    as_real(mode, op, args, at, one) if isinstance(one, Tensor) else one
                     for at, one in enumerate(result)
                 )
             return result
+
+        def as_real(mode: FakeTensorMode, op: Any, args: Any, at: int, fake: Tensor) -> Tensor:
+            return _laid_out(mode, fake, strides(op, args, at, fake), dtypes(op, args, at, fake))
 
         FakeTensorMode.dispatch = laid_out  # type: ignore[assignment, method-assign]
         try:
@@ -221,11 +228,13 @@ def real_layouts(strides: LayoutRule, results: ResultRule) -> Iterator[None]:
             FakeTensorMode.dispatch = dispatch  # type: ignore[method-assign]
 
 
-def _laid_out(mode: FakeTensorMode, fake: Tensor, strides: Sequence[int] | None) -> Tensor:
-    if strides is None:
+def _laid_out(mode: FakeTensorMode, fake: Tensor, strides: Sequence[int] | None, dtype: torch.dtype | None) -> Tensor:
+    if strides is None and dtype is None:
         return fake
     with mode:
-        return torch.empty_strided(fake.shape, strides, dtype=fake.dtype, device=fake.device)
+        return torch.empty_strided(
+            fake.shape, fake.stride() if strides is None else strides, dtype=dtype or fake.dtype, device=fake.device
+        )
 
 
 # Called in place of an op on fake tensors, with a function that runs it.
@@ -255,6 +264,7 @@ class FakeRules:
     """What a trace does otherwise than torch's fake kernels, see `real_layouts` and `_followed`."""
 
     strides: LayoutRule
+    dtype: DtypeRule
     result: ResultRule
     follow: Follower
 
@@ -554,7 +564,7 @@ def trace_joint(
         _eager_composites(),
         _compiling_flag(compiling),
         _plain_checks(),
-        real_layouts(rules.strides, rules.result),
+        real_layouts(rules.strides, rules.dtype, rules.result),
         _followed(rules.follow),
         _silent_fakes(),
         _recorded_sources(),

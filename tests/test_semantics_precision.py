@@ -99,6 +99,38 @@ def test_autocast_around_a_step_with_a_gradient_scaler_is_eagers(dtype: torch.dt
     assert all(same(a, b) for a, b in zip(*found, strict=True))
 
 
+class GradientPenalty(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), norm, nn.Tanh(), nn.Conv2d(8, 2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        return (slope.flatten(1).norm(dim=1) - 1).square()
+
+
+DIFFERENTIATED_NORMS: dict[str, Callable[[], nn.Module]] = {
+    "group": lambda: nn.GroupNorm(2, 8),
+    "layer": lambda: nn.LayerNorm([8, 8, 8]),
+    "batch": lambda: nn.BatchNorm2d(8),
+    "instance": lambda: nn.InstanceNorm2d(8, affine=True),
+}
+
+
+@pytest.mark.parametrize("norm", DIFFERENTIATED_NORMS)
+def test_second_derivatives_of_norms_under_autocast_are_eagers(norm: str) -> None:
+    x = torch.linspace(-2, 2, 256).mul(7.3).sin().reshape(4, 1, 8, 8)
+    eager, ours = twins(lambda: GradientPenalty(DIFFERENTIATED_NORMS[norm]()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        at_minimum(ours, x)
+    for model in (eager, ours):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = total(model(x))
+        loss.backward()
+    assert same_gradients(eager, ours)
+
+
 def test_a_backward_inside_of_the_autocast_of_its_forward_is_eagers() -> None:
     eager, ours = twins(Net)
     store_all(ours)

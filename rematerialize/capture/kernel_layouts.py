@@ -37,6 +37,33 @@ def kernel_strides(op: Any, args: Sequence[Any], index: int, result: Tensor) -> 
     return None if laid_alike(found, result) else found
 
 
+def kernel_dtype(op: Any, args: Sequence[Any], index: int, result: Tensor) -> torch.dtype | None:
+    """Return the type of the op's result at an index, where it differs from that of the fake ``result``.
+
+    Norms of a low precision with weights of a higher one, as under autocast, keep their statistics in the higher one:
+    their second derivatives are computed from these.
+    """
+    first = _WEIGHTS.get(op)
+    if first is None or index == 0 or result.device.type != "cpu":
+        return None
+    if index > 2:  # running statistics, as they are given
+        return args[index].dtype if args[index].dtype != result.dtype else None
+    given = [other.dtype for other in args[first : first + 4] if isinstance(other, Tensor)]
+    return given[0] if given and given[0] != result.dtype else None
+
+
+# Where the weights of a norm begin among its arguments; its statistics are results 1 and 2.
+_WEIGHTS = {
+    aten.native_group_norm.default: 1,
+    aten.native_layer_norm.default: 2,
+    aten.native_batch_norm.default: 1,
+    aten._native_batch_norm_legit.default: 1,
+    aten._native_batch_norm_legit.no_stats: 1,
+    aten._native_batch_norm_legit_functional.default: 1,
+    aten._native_batch_norm_legit_no_training.default: 1,
+}
+
+
 def kernel_result(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> private.Result | None:
     """Return what an op's kernel makes of its arguments, where the fake kernel refuses what the real one takes."""
     if op is not aten._grouped_mm.default or args[0].device.type != "cpu":
@@ -52,7 +79,7 @@ def kernel_result(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> pr
 @contextlib.contextmanager
 def faking(mode: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
     """Run kernels in a fake mode, with the layouts that the real ones return."""
-    with private.real_layouts(kernel_strides, kernel_result), mode:
+    with private.real_layouts(kernel_strides, kernel_dtype, kernel_result), mode:
         yield
 
 

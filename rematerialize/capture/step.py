@@ -26,7 +26,7 @@ from rematerialize.capture.generators import (
     resolve_generators,
     unseeded_generators,
 )
-from rematerialize.capture.kernel_layouts import kernel_result, kernel_strides
+from rematerialize.capture.kernel_layouts import kernel_dtype, kernel_result, kernel_strides
 from rematerialize.capture.known_values import KnownValues
 from rematerialize.capture.purity import FunctionCaches, Settled, holders_of, kept_whole, unchanged_python
 from rematerialize.capture.refusals import refuse_linearize, refuse_sparse_primals, refuse_unplannable
@@ -255,7 +255,7 @@ def _traced(
     recorder = _Recorder(model, forward, inputs, slots, splitting_recurrences(split_recurrences), poisoned)
     try:
         with kept_whole(recorder.holders), private.linearized(refuse_linearize):
-            rules = private.FakeRules(kernel_strides, kernel_result, KnownValues())
+            rules = private.FakeRules(kernel_strides, kernel_dtype, kernel_result, KnownValues())
             joint = private.trace_joint(recorder, primals, rules, compiling=compiling)
             recorder.refuse_late_writes()
             return recorder, joint
