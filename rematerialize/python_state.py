@@ -1,89 +1,87 @@
 """The Python values that a forward can read besides tensors: a trace bakes them in, so a plan holds for them only.
 
-Which ones a forward reads can't be known without running it, so names decide: what the code of the model's classes
-mentions, and the functions that this code calls by name. An attribute of a config object, an entry of a list, a class
-attribute or a global variable that bears such a name is part of the signature; anything else, such as a trainer that a
-model points to, is not.
+Which ones a forward reads can't be known without running it, so names decide: what the code of the model's classes,
+of its hooks and of the functions that it holds mentions, and the functions that this code calls by name
+(`python_code`). An attribute of a config object, an entry of a list, a class attribute or a global variable that bears
+such a name is part of the signature; anything else, such as a trainer that a model points to, is not.
+
+A random generator or an iterator counts with its state: one from which the forward draws moves at every call.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
+import random
 import sys
 import types
-from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from contextvars import ContextVar
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
+from rematerialize.python_code import (
+    PLAIN,
+    RECORDS,
+    Readable,
+    changeable,
+    functions_in,
+    is_iterator,
+    mentions,
+    own,
+    read_of,
+    readable,
+)
+
 DEPTH = 6  # of objects within objects
 MANY = 4_000  # entries of a container beyond which only its length counts
-FUNCTIONS = 2_000  # of one model that are searched for names
-# Packages whose code doesn't change what it computes; pytest rewrites the asserts of tests into calls of its own.
-_OWN = ("torch", "numpy", "rematerialize", "builtins", "pytest", "_pytest")
-_RECORDS = (types.SimpleNamespace,)  # of the standard library, and yet a user's record
+_ROUNDS = 8  # of searches, each of which starts from the classes and functions that the one before met
 _MODULE = frozenset(vars(nn.Module()))
 
 PythonState = tuple[tuple[str, Hashable], ...]
-Place = tuple[str, dict[str, Any], str]  # for messages, and where to read
-
-
-@dataclass(frozen=True, slots=True)
-class Readable:
-    """What the code of some classes can read.
-
-    ``names`` are the identifiers that it mentions, ``places`` the global variables and class attributes.
-    """
-
-    names: frozenset[str]
-    places: tuple[Place, ...]
-
-
-@functools.lru_cache(maxsize=64)
-def readable(
-    classes: frozenset[type], functions: frozenset[types.FunctionType] = frozenset(), start: str = "forward"
-) -> Readable:
-    """Search what runs from functions, and from a method of classes and their bases, for what it reads.
-
-    A mentioned name stands for every method of that name.
-    """
-    owners = {base for cls in classes for base in cls.__mro__ if not _own(base.__module__)}
-    search = _Search()
-    for owner in sorted(owners, key=lambda cls: (cls.__module__, cls.__qualname__)):
-        for name, value in vars(owner).items():
-            search.members.setdefault(name, []).append(value)
-    for value in (*search.members.get(start, ()), *functions):
-        search.push(value)
-    search.run()
-    # A mappingproxy can't be kept as the dict it is, and needn't: it reads through.
-    attributes = [
-        (f"{owner.__name__}.{name}", vars(owner), name)
-        for owner in owners
-        for name in sorted(vars(owner).keys() & search.names)
-        if _counts(vars(owner)[name])
-    ]
-    return Readable(frozenset(search.names), (*search.places.values(), *attributes))  # type: ignore[arg-type]
 
 
 def python_state(modules: list[nn.Module], function: object = None) -> PythonState:
     """Return a name and a fingerprint for each Python value that the modules' forwards can read.
 
-    Plain attributes of the modules themselves are left out: `signature` has them.
+    ``function`` is the first module's forward, if that is an attribute of its own. Plain attributes of the modules
+    themselves are left out: `signature` has them.
     """
-    functions = frozenset([function]) if isinstance(function, types.FunctionType) else frozenset()
-    known = readable(frozenset(map(type, modules)), functions)
-    look = _Look(known.names)
-    found = [(path, look.at(scope[name])) for path, scope, name in known.places if name in scope]
-    for module in modules:
-        for name, value in vars(module).items():
-            if name not in _MODULE and type(value) not in PLAIN and name in known.names and _counts(value):
-                found.append((f"{type(module).__name__}.{name}", look.at(value)))
-    return tuple(found)
+    return look_around(modules, function)[0]
+
+
+def look_around(modules: list[nn.Module], function: object = None) -> tuple[PythonState, Look, Readable]:
+    """Return the state, what was looked at for it, and the places outside of the modules where it stands."""
+    classes = frozenset(map(type, modules))
+    met = _met_beside(classes)
+    held, always = _held_by(modules)
+    if function is not None:
+        always.append((f"{type(modules[0]).__name__}.forward", function))
+    functions = {found for _, value in always for found in functions_in(value)}
+    for _ in range(_ROUNDS):
+        known, code = _current(classes.union(met), functions)
+        look = Look(known.names, modules)
+        found = [(path, look.at(value)) for path, value in always]
+        found += [
+            (f"{kind.__name__}.{name}", look.whole(value) if name in known.searched else look.at(value))
+            for kind, name, value in held
+            if name in known.attributes or ("self" in known.searched and _is_record(value))
+        ]
+        if look.kinds <= met and look.functions <= functions:
+            break
+        met |= look.kinds
+        functions |= look.functions
+    found += [
+        (path, look.whole(scope[name]) if name in known.searched else look.at(scope[name]))
+        for path, scope, name, _ in known.data
+        if name in scope
+    ]
+    found += zip(known.code_paths, code, strict=True)
+    return tuple(found), look, known
 
 
 def changed(before: PythonState, now: PythonState) -> list[str]:
@@ -93,214 +91,361 @@ def changed(before: PythonState, now: PythonState) -> list[str]:
 
 def fingerprint(value: object) -> Hashable:
     """Return what tells a value that is passed to a forward from another, every field of an object included."""
-    return _Look(None).at(value)
+    return Look(None).at(value)
 
 
-@dataclass(slots=True)
-class _Search:
-    """A walk over functions, from those of the model's classes to those that they call by name."""
-
-    members: dict[str, list[object]] = field(default_factory=dict)
-    names: set[str] = field(default_factory=set)
-    places: dict[tuple[int, str], Place] = field(default_factory=dict)
-    seen: set[types.CodeType] = field(default_factory=set)
-    todo: list[types.FunctionType] = field(default_factory=list)
-
-    def push(self, value: object) -> None:
-        if isinstance(value, staticmethod | classmethod):
-            value = value.__func__
-        if isinstance(value, functools.partial):
-            value = value.func
-        if isinstance(value, property):
-            for part in (value.fget, value.fset):
-                self.push(part)
-        if isinstance(value, types.MethodType):
-            value = value.__func__
-        if isinstance(value, types.FunctionType) and value.__code__ not in self.seen and not _own(value.__module__):
-            self.seen.add(value.__code__)
-            self.todo.append(value)
-
-    def run(self) -> None:
-        while self.todo and len(self.seen) < FUNCTIONS:
-            self._visit(self.todo.pop())
-
-    def _visit(self, function: types.FunctionType) -> None:
-        mentioned = set(_mentioned(function.__code__))
-        for name in sorted(mentioned - self.names):
-            for value in self.members.get(name, ()):
-                self.push(value)
-        self.names |= mentioned
-        scope = function.__globals__
-        for name in sorted(mentioned & scope.keys()):
-            value = scope[name]
-            if isinstance(value, types.ModuleType):
-                if not _own(value.__name__):
-                    self._module(value, mentioned)
-            elif _counts(value):
-                self._place(f"{function.__module__}.{name}", scope, name)
-            else:
-                self.push(value)
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                value = cell.cell_contents
-            except ValueError:  # not filled yet
-                continue
-            if _counts(value) and name not in mentioned:
-                continue
-            if _counts(value):
-                self._place(f"{name} of {function.__qualname__}", _Cell(cell), name)
-            else:
-                self.push(value)
-
-    def _module(self, module: types.ModuleType, mentioned: set[str]) -> None:
-        for name in sorted(mentioned & vars(module).keys()):
-            value = vars(module)[name]
-            if _counts(value):
-                self._place(f"{module.__name__}.{name}", vars(module), name)
-            else:
-                self.push(value)
-
-    def _place(self, path: str, scope: dict[str, Any], name: str) -> None:
-        self.places.setdefault((id(scope), name), (path, scope, name))
+@functools.lru_cache(maxsize=128)
+def _met_beside(classes: frozenset[type]) -> set[type]:
+    """Classes of the objects that modules of these classes were seen to hold: the next search starts from them, too."""
+    return set()
 
 
-class _Cell(dict[str, Any]):
-    """A closure's cell as a scope of one name."""
+def _current(classes: frozenset[type], functions: set[types.FunctionType]) -> tuple[Readable, tuple[object, ...]]:
+    """What these can read, and the functions and classes that it found; searched again when one was replaced."""
+    roots = frozenset(map(weakref.ref, functions))
+    replaced: tuple[object, ...] = ()
+    known = readable(classes, roots)
+    for _ in range(_ROUNDS):
+        code = changeable(known)
+        ids = tuple(map(id, code))
+        if ids == known.code_ids:
+            return known, code
+        replaced = (*replaced, ids)
+        known = readable(classes, roots, replaced)
+    return known, ids  # it moves while it is read
 
-    def __init__(self, cell: types.CellType) -> None:
-        super().__init__()
-        self._cell = cell
 
-    def __contains__(self, name: object) -> bool:
-        return True
+def _held_by(modules: list[nn.Module]) -> tuple[list[tuple[type, str, Any]], list[tuple[str, Any]]]:
+    """What modules hold besides tensors, modules and plain values, which `signature` has; and inner modules' hooks.
 
-    def __getitem__(self, name: str) -> Any:
+    The outer one's hooks run around the planned step, and its forward is the planner.
+    """
+    held: list[tuple[type, str, Any]] = []
+    hooks: list[tuple[str, Any]] = []
+    outer = modules[0]
+    for module in modules:
+        table = module.__dict__
+        held += [
+            (type(module), name, value)
+            for name, value in table.items()
+            if name not in _MODULE
+            and type(value) not in _ELSEWHERE
+            and not isinstance(value, Tensor)
+            and (name != "forward" or module is not outer)
+        ]
+        if (
+            table["_forward_hooks"]
+            or table["_forward_pre_hooks"]
+            or table["_backward_hooks"]
+            or table["_backward_pre_hooks"]
+        ) and module is not outer:
+            hooks += [(f"a hook of {type(module).__name__}", hook) for hook in _hooks_of(module)]
+    return held, hooks
+
+
+_ELSEWHERE = PLAIN | {torch.Generator, Tensor}
+
+
+def _hooks_of(module: nn.Module) -> Iterator[Any]:
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        yield from vars(module)[kind].values()
+
+
+def _is_record(value: object) -> bool:
+    """Whether a value is made to hold values, as opposed to a trainer that holds everything."""
+    return isinstance(value, (Mapping, Sequence, Set, *RECORDS)) or hasattr(value, "__dataclass_fields__")
+
+
+class Look:
+    """Fingerprints of values; an object that several modules share is looked at once.
+
+    ``names`` limits the fields of objects to those that the code mentions; None takes all. ``registered`` are modules
+    that count elsewhere. ``functions`` and ``kinds`` are the functions and users' classes of what it met, ``states``
+    the objects that can move in place.
+    """
+
+    def __init__(self, names: frozenset[str] | None, registered: Iterable[nn.Module] = ()) -> None:
+        self.names = names
+        self.registered = registered
+        self.known: set[int] = set()  # ids of the registered, once they are needed
+        self.memo: dict[int, Hashable] = {}
+        self.temporary: list[object] = []  # kept, so that no id in the memo is used again
+        self.functions: set[types.FunctionType] = set()
+        self.kinds: set[type] = set()
+        self.objects: dict[int, Any] = {}
+
+    def at(self, value: Any, depth: int = 0) -> Hashable:
+        kind: type = type(value)
+        if kind in PLAIN:
+            return (kind, value)
+        if kind is tuple and PLAIN.issuperset(map(type, value)):
+            return (value, *map(type, value))
+        if id(value) in self.memo:
+            return self.memo[id(value)]
+        way = _way(kind)
+        if depth >= DEPTH and way not in _ENDS:
+            return kind
+        self.memo[id(value)] = kind.__name__  # what contains itself ends here
+        result = self.memo[id(value)] = way(self, value, depth + 1)
+        return result
+
+    def whole(self, value: Any) -> Hashable:
+        """With every field: the code computes their names."""
+        names, self.names = self.names, None
+        self.memo.pop(id(value), None)
         try:
-            return self._cell.cell_contents
-        except ValueError:
-            return None
+            return self.at(value)
+        finally:
+            self.names = names
+
+    def only_kind(self, value: Any, depth: int) -> Hashable:
+        kind: type = type(value)
+        return kind
+
+    def tensor(self, value: Any, depth: int) -> Hashable:
+        return Tensor  # a trace has others in its place
+
+    def itself(self, value: Any, depth: int) -> Hashable:
+        return value  # type: ignore[no-any-return]
+
+    def a_class(self, value: Any, depth: int) -> Hashable:
+        if not own(value.__module__):
+            self.kinds.add(value)  # its attributes are found by the search
+        return value  # type: ignore[no-any-return]
+
+    def subclass_of_plain(self, value: Any, depth: int) -> Hashable:
+        plain = next(base for base in type(value).__mro__ if base in PLAIN)
+        return (type(value), plain(value))
+
+    def module(self, value: Any, depth: int) -> Hashable:
+        """A registered module counts elsewhere; another with its mode, plain values, hooks and modules within."""
+        if not self.known:
+            self.known.update(map(id, self.registered))
+        if id(value) in self.known:
+            return (type(value), id(value))
+        kind: type = type(value)
+        table = vars(value)
+        names = None if self.names is None else read_of(kind, self.names)
+        if not own(kind.__module__):
+            self.kinds.add(kind)
+        plain = [
+            (name, self.at(entry, depth))
+            for name, entry in table.items()
+            if name not in _MODULE
+            and not isinstance(entry, Tensor)
+            and (type(entry) in PLAIN or own(kind.__module__) or names is None or name in names)
+        ]
+        inner = [self.at(child, depth) for child in table["_modules"].values() if child is not None]
+        hooks = [self.at(hook, depth) for hook in _hooks_of(value)]
+        return (kind, id(value), table["training"], tuple(plain), tuple(inner), tuple(hooks))
+
+    def function(self, value: Any, depth: int) -> Hashable:
+        """Its code, and what it holds besides: two closures that were made alike are the same."""
+        if not own(value.__module__):
+            self.functions.add(value)
+        mentioned = mentions(value.__code__).names
+        within = self if self.names is not None else Look(mentioned)
+        cells = []
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            if name in mentioned and name != "__class__":
+                try:
+                    cells.append(within.at(cell.cell_contents, depth))
+                except ValueError:  # not filled yet
+                    cells.append(None)
+        defaults = [within.at(entry, depth) for entry in value.__defaults__ or ()]
+        keywords = [(name, within.at(entry, depth)) for name, entry in (value.__kwdefaults__ or {}).items()]
+        fields = [
+            (name, within.at(entry, depth)) for name, entry in vars(value).items() if name in (within.names or ())
+        ]
+        return (value.__code__, value.__module__, tuple(cells), tuple(defaults), tuple(keywords), tuple(fields))
+
+    def method(self, value: Any, depth: int) -> Hashable:
+        return (type(value), self.at(value.__func__, depth), self.at(value.__self__, depth))
+
+    def builtin(self, value: Any, depth: int) -> Hashable:
+        """A method of an object in C (``rng.random``) counts with its object."""
+        owner = value.__self__
+        if owner is None or isinstance(owner, types.ModuleType | type) or id(owner) in _of_the_process():
+            return value  # type: ignore[no-any-return]
+        return (type(value), value.__name__, self.at(owner, depth))
+
+    def cached(self, value: Any, depth: int) -> Hashable:
+        return (type(value), self.at(value.__wrapped__, depth))
+
+    def partial(self, value: Any, depth: int) -> Hashable:
+        return (type(value), self.at(value.func, depth), self.at(value.args, depth), self.at(value.keywords, depth))
+
+    def slice(self, value: Any, depth: int) -> Hashable:
+        return (slice, self.at(value.start, depth), self.at(value.stop, depth), self.at(value.step, depth))
+
+    def referent(self, value: Any, depth: int) -> Hashable:
+        return (type(value), self.at(value(), depth))
+
+    def context(self, value: Any, depth: int) -> Hashable:
+        return (type(value), self.at(value.get(None), depth))
+
+    def array(self, value: Any, depth: int) -> Hashable:
+        """Shape, type and bytes: two arrays with these in common are the same constant."""
+        if getattr(value, "dtype", None) is None or not hasattr(value, "tobytes"):
+            return (type(value), repr(value))
+        return (
+            type(value),
+            value.shape,
+            str(value.dtype),
+            value.tobytes() if value.dtype != object else id(value),
+        )
+
+    def generator(self, value: Any, depth: int) -> Hashable:
+        self.objects[id(value)] = value
+        return (type(value), frozen(state_of(value)))
+
+    def iterator(self, value: Any, depth: int) -> Hashable:
+        """Where an iterator stands, by the way in which it is copied."""
+        self.objects[id(value)] = value
+        if isinstance(value, types.GeneratorType):
+            frame = value.gi_frame
+            local = {} if frame is None else frame.f_locals
+            self.temporary.append(local)
+            return (type(value), frame and frame.f_lasti, tuple(self.at(entry, depth) for entry in local.values()))
+        parts = _parts_of(value)
+        self.temporary.append(parts)
+        return (type(value), parts if isinstance(parts, str) else self.nested(parts, depth))
+
+    def nested(self, parts: Any, depth: int) -> Hashable:
+        """Tuples that were made for this look."""
+        if type(parts) is tuple:
+            return tuple([self.nested(part, depth) for part in parts])
+        return self.at(parts, depth)
+
+    def mapping(self, value: Any, depth: int) -> Hashable:
+        if len(value) > MANY:
+            return (type(value), len(value))
+        self.objects[id(value)] = value
+        items = value.items()
+        if not isinstance(value, dict):  # a user's may make its entries as they are read
+            self.temporary.append(items := list(items))
+        return (type(value), self.entries(items, depth))
+
+    def entries(self, items: Iterable[tuple[Any, Any]], depth: int) -> Hashable:
+        """Names or keys with what stands there; most are plain, and a call for each would cost the most."""
+        return tuple(
+            [
+                (
+                    key if type(key) is str else self.at(key, depth),
+                    (type(entry), entry) if type(entry) in PLAIN else self.at(entry, depth),
+                )
+                for key, entry in items
+                if not isinstance(entry, Tensor)
+            ]
+        )
+
+    def sequence(self, value: Any, depth: int) -> Hashable:
+        if len(value) > MANY:
+            return (type(value), len(value))
+        self.objects[id(value)] = value
+        entries = value
+        if not isinstance(value, list | tuple):
+            self.temporary.append(entries := list(value))
+        return (type(value), tuple([self.at(entry, depth) for entry in entries if not isinstance(entry, Tensor)]))
+
+    def set(self, value: Any, depth: int) -> Hashable:
+        return (type(value), frozenset([self.at(entry, depth) for entry in value]))
+
+    def fields(self, value: Any, depth: int) -> Hashable:
+        kind: type = type(value)
+        self.objects[id(value)] = value
+        if not own(kind.__module__):
+            self.kinds.add(kind)
+        fields = getattr(value, "__dict__", {})
+        if slots := slots_of(kind):
+            fields = {**fields, **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
+        reads = None if self.names is None else read_of(kind, self.names)
+        if reads is not None:
+            fields = {name: entry for name, entry in fields.items() if name in reads}
+        return (kind, self.entries(fields.items(), depth))
 
 
-_LOADS = ("LOAD_NAME", "LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_SUPER_ATTR")
-_FILLS = ("append", "appendleft", "extend", "add")  # what is only filled, a log for one, isn't read
-
-
-def _mentioned(code: types.CodeType) -> Iterator[str]:
-    """Yield the names that a function's code reads, those of functions within it, and texts that getattr may take."""
-    instructions = list(dis.get_instructions(code))
-    for now, after in zip(instructions, [*instructions[1:], None], strict=True):
-        if now.opname in _LOADS and not (after and after.opname in _LOADS and after.argval in _FILLS):
-            yield now.argval
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _mentioned(constant)
-        elif isinstance(constant, str) and constant.isidentifier():
-            yield constant
+Way = Callable[[Look, Any, int], Hashable]
+_WAYS: tuple[tuple[tuple[type, ...], Way], ...] = (
+    ((Tensor,), Look.tensor),
+    ((nn.Module,), Look.module),
+    ((type,), Look.a_class),
+    ((types.ModuleType, Enum, torch.Generator), Look.itself),  # the step draws from the generator that the trace saw
+    ((types.FunctionType,), Look.function),
+    ((types.MethodType,), Look.method),
+    ((types.BuiltinFunctionType, types.MethodWrapperType), Look.builtin),
+    ((functools._lru_cache_wrapper,), Look.cached),
+    ((functools.partial,), Look.partial),
+    ((slice,), Look.slice),
+    ((weakref.ref,), Look.referent),
+    ((ContextVar,), Look.context),
+    ((random.Random,), Look.generator),
+)
+_ENDS = (Look.only_kind, Look.tensor, Look.itself, Look.a_class, Look.array, Look.generator, Look.subclass_of_plain)
 
 
 @functools.lru_cache(maxsize=4_096)
-def _own(module: str | None) -> bool:
-    root = (module or "").partition(".")[0]
-    return root in _OWN or root in sys.stdlib_module_names
-
-
-def _counts(value: object) -> bool:
-    """Whether a value may decide what a forward computes: data, as opposed to code, tensors and modules."""
-    kind = type(value)
-    if kind in PLAIN or isinstance(value, (Sequence, Set, Mapping, Enum, *_RECORDS)):
-        return True
-    if isinstance(value, Tensor | nn.Module | type | types.ModuleType) or callable(value):
-        return False
-    return kind.__module__ == "numpy" or (
-        not _own(kind.__module__) and (hasattr(value, "__dict__") or hasattr(kind, "__slots__"))
-    )
-
-
-class _Look:
-    """Fingerprints of values; an object that several modules share is looked at once.
-
-    ``names`` limits the fields of objects to those that the code mentions; None takes all.
-    """
-
-    def __init__(self, names: frozenset[str] | None) -> None:
-        self.names = names
-        self.memo: dict[int, Hashable] = {}
-
-    def at(self, value: object, depth: int = 0) -> Hashable:
-        kind = type(value)
-        if kind in PLAIN:
-            return (kind, value)
-        if id(value) in self.memo:
-            return self.memo[id(value)]
-        self.memo[id(value)] = kind.__name__  # what contains itself ends here
-        result = self._inside(value, kind, depth)
-        self.memo[id(value)] = result
-        return result
-
-    def _inside(self, value: object, kind: type, depth: int) -> Hashable:
-        if isinstance(value, Tensor | nn.Module):
-            return kind
-        if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType | types.ModuleType | Enum):
-            return value
-        if isinstance(value, torch.Generator):
-            return value  # as itself: the step draws from the object that the trace saw
-        if kind.__module__ == "numpy":
-            return (kind, _numpy(value))
-        if depth == DEPTH:
-            return kind
-        if isinstance(value, Mapping):
-            if len(value) > MANY:
-                return (kind, len(value))
-            return (
-                kind,
-                tuple(
-                    [
-                        (self.at(k, depth + 1), self.at(v, depth + 1))
-                        for k, v in value.items()
-                        if not isinstance(v, Tensor)
-                    ]
-                ),
-            )
-        if isinstance(value, Sequence) and not isinstance(value, range):
-            if len(value) > MANY:
-                return (kind, len(value))
-            return (kind, tuple([self.at(entry, depth + 1) for entry in value if not isinstance(entry, Tensor)]))
-        if isinstance(value, Set):
-            return (kind, frozenset([self.at(entry, depth + 1) for entry in value]))
-        if _own(kind.__module__) and not isinstance(value, _RECORDS):
-            return kind
-        fields = getattr(value, "__dict__", {})
-        slots = {name for base in kind.__mro__ for name in _names_of(vars(base).get("__slots__", ()))}
-        fields = {**fields, **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
-        reads = None if self.names is None else self.names | _methods_read(kind)
-        read = [(name, entry) for name, entry in fields.items() if reads is None or name in reads]
-        return (
-            kind,
-            tuple([(name, self.at(entry, depth + 1)) for name, entry in read if not isinstance(entry, Tensor)]),
-        )
-
-
-# A record's methods of Python's own names that a forward may call; __eq__ and __repr__ mention every field.
-_READING = ("__call__", "__getitem__", "__getattr__", "__len__", "__iter__", "__bool__", "__int__", "__float__")
+def _way(kind: type) -> Way:
+    """How values of a type are looked at."""
+    for kinds, way in _WAYS:
+        if issubclass(kind, kinds):
+            return way
+    root = kind.__module__.partition(".")[0]
+    if root == "numpy":
+        drawn = kind.__module__.startswith("numpy.random")
+        return Look.generator if drawn and not issubclass(kind, type) else Look.array
+    if issubclass(kind, tuple(base for base in PLAIN if base in (int, float, complex, str, bytes))):
+        return Look.subclass_of_plain
+    if issubclass(kind, Mapping):
+        return Look.mapping
+    if issubclass(kind, Sequence):
+        return Look.sequence
+    if issubclass(kind, Set):
+        return Look.set
+    if own(kind.__module__) and not issubclass(kind, RECORDS):
+        return Look.iterator if is_iterator(kind) else Look.only_kind
+    return Look.fields
 
 
 @functools.lru_cache(maxsize=1_024)
-def _methods_read(kind: type) -> frozenset[str]:
-    """What the methods of a record's class mention: the forward may call any of them."""
-    search = _Search()
-    for base in kind.__mro__:
-        for name, value in vars(base).items() if not _own(base.__module__) else ():
-            if not name.startswith("__") or name in _READING:
-                search.push(value)
-    return frozenset(name for function in search.todo for name in _mentioned(function.__code__))
+def slots_of(kind: type) -> tuple[str, ...]:
+    """Return the names of a class's slots, its bases' included."""
+    slots = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    return tuple({name for given in slots for name in ((given,) if isinstance(given, str) else tuple(given))})
 
 
-def _names_of(slots: object) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)  # type: ignore[arg-type]
+def _of_the_process() -> frozenset[int]:
+    """The generators of Python's and numpy's modules: what draws from them is refused in any case."""
+    numpy = sys.modules.get("numpy")
+    drawing: list[Any] = [random.random, *([numpy.random.rand] if numpy is not None else [])]
+    return frozenset(id(function.__self__) for function in drawing)
 
 
-def _numpy(value: Any) -> Hashable:
-    """Shape, type and bytes: two arrays with these in common are the same constant."""
-    if getattr(value, "dtype", None) is None:
-        return repr(value)
-    return (value.shape, str(value.dtype), value.tobytes() if value.dtype != object else id(value))
+def state_of(generator: Any) -> Any:
+    """The state of a generator of Python's or of numpy's."""
+    if isinstance(generator, random.Random):
+        try:
+            return generator.getstate()
+        except NotImplementedError:  # the system's has none
+            return None
+    if hasattr(generator, "get_state"):
+        return generator.get_state(legacy=False)
+    return generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.state
+
+
+def frozen(state: Any) -> Hashable:
+    """A generator's state as a value that can be compared."""
+    if isinstance(state, Mapping):
+        return tuple([(name, frozen(value)) for name, value in state.items()])
+    return state.tobytes() if hasattr(state, "tobytes") else state  # type: ignore[no-any-return]
+
+
+def _parts_of(iterator: Any) -> Any:
+    if type(iterator).__name__ == "count":
+        return repr(iterator)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return iterator.__reduce__()
+    except TypeError:  # a file, for one
+        return ""

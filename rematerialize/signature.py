@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rematerialize import torch_private as private
 from rematerialize.capture import FlatInputs
+from rematerialize.python_code import PLAIN
 from rematerialize.python_state import PythonState, fingerprint, python_state
 
 
@@ -43,7 +44,7 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 
 # A generator counts as itself: the step draws from the object that the trace saw.
-_PLAIN_TYPES = frozenset({int, float, bool, str, type(None), torch.Generator})
+_PLAIN_TYPES = PLAIN | {torch.Generator}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _TORCH_OWN = frozenset(vars(nn.Module()))
 
@@ -54,7 +55,7 @@ def _part(module: nn.Module, outer: bool, numbers: dict[int, int], tensors: list
     members = [t for t in (*own["_parameters"].values(), *own["_buffers"].values()) if t is not None]
     tensors.extend(members)
     ties = tuple([numbers.setdefault(id(member), len(numbers)) for member in members])
-    plain = tuple([(k, v) for k, v in own.items() if k not in _TORCH_OWN and type(v) in _PLAIN_TYPES])
+    plain = tuple([(k, type(v), v) for k, v in own.items() if k not in _TORCH_OWN and type(v) in _PLAIN_TYPES])
     hooks = () if outer else tuple([number for kind in _HOOKS for number in own[kind]])
     return (id(module), own["training"], plain, ties, hooks)
 

@@ -22,6 +22,7 @@ LAYERS = {
     "zoo/": 1,
     "ir": 1,
     "schedule": 2,
+    "python_code": 2,
     "torch_private": 2,
     "budget": 2,
     "drivers": 3,
