@@ -211,3 +211,42 @@ def test_another_thread_may_set_the_seed_while_a_step_is_planned() -> None:
         over.set()
         other.join()
     assert model.weight.grad is not None
+
+
+IN_PLACE: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {
+    "exponential_": lambda t, g: t.exponential_(2.0, generator=g),
+    "log_normal_": lambda t, g: t.log_normal_(0.5, 0.2, generator=g),
+    "cauchy_": lambda t, g: t.cauchy_(generator=g),
+    "geometric_": lambda t, g: t.geometric_(0.5, generator=g),
+    "random_ from zero": lambda t, g: t.random_(0, 5, generator=g),
+    "random_": lambda t, g: t.random_(5, generator=g),
+    "normal_": lambda t, g: t.normal_(generator=g),
+    "uniform_": lambda t, g: t.uniform_(0.5, 1.5, generator=g),
+    "bernoulli_": lambda t, g: t.bernoulli_(0.3, generator=g),
+}
+
+
+class FillsByHand(Noisy):
+    def __init__(self, fill: Callable[[Tensor, torch.Generator | None], Tensor], *, own: bool) -> None:
+        super().__init__()
+        self.fill, self.own = fill, own
+
+    def noise(self, x: Tensor) -> Tensor:
+        assert isinstance(self.generator, torch.Generator)
+        return x + self.fill(torch.empty_like(x), self.generator if self.own else None) + torch.rand(x.shape)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own generator", "default generator"])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_is_drawn_in_place_is_what_eager_draws(name: str, own: bool) -> None:
+    eager, ours = pair(lambda: FillsByHand(IN_PLACE[name], own=own))
+    at_minimum(ours, rows())
+    for _ in range(2):
+        assert_same_step(step_of(eager, rows()), step_of(ours, rows()))
+        assert torch.equal(state(eager), state(ours))
+
+
+def test_a_lower_bound_that_torch_can_not_trace_is_refused_with_the_way_round() -> None:
+    model = FillsByHand(lambda t, g: t.random_(3, 5, generator=g), own=True)
+    with pytest.raises(remat.CaptureError, match=r"random_ with a lower bound other than 0.*add the bound"):
+        store_all(model)(rows())

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from rematerialize.capture.refusals import refuse_before, refuse_other_layouts
+from rematerialize.errors import CaptureError
 
 _SHORTEST_SPLIT_SEQUENCE = 32
 # A chunk's workspace is several times its outputs, so chunks are shorter than the square root of the steps.
@@ -47,9 +48,38 @@ class splitting_recurrences(TorchFunctionMode):
             self.found = True
             if self.split:
                 return _lstm_in_chunks(*args)
+        if func is Tensor.random_:
+            args, kwargs = from_zero(args, kwargs or {})
+        draw = _DRAWS.get(func) if kwargs and kwargs.get("generator") is not None else None
+        if draw is not None:  # torch's own trace of the one in place takes no generator
+            return args[0].copy_(draw(*args, **(kwargs or {})))
         result = func(*args, **(kwargs or {}))
         refuse_other_layouts(result)
         return result
+
+
+_DRAWS: Mapping[Any, Any] = {
+    Tensor.exponential_: torch.ops.aten.exponential.default,
+    Tensor.log_normal_: torch.ops.aten.log_normal.default,
+    Tensor.cauchy_: torch.ops.aten.cauchy.default,
+    Tensor.geometric_: torch.ops.aten.geometric.default,
+}
+
+
+def from_zero(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """``random_(0, n)`` as ``random_(n)``, which draws alike: torch can't write the code of a trace with the former,
+    whose overload has the name of a keyword of Python.
+    """
+    rest = dict(kwargs)
+    bounds = [*args[1:], *(rest.pop(name) for name in ("from", "to") if name in rest)]
+    if len(bounds) < 2:
+        return args, kwargs
+    if bounds[0] != 0 or bounds[1] is None:
+        raise CaptureError(
+            "the forward calls random_ with a lower bound other than 0, which torch can't trace: draw random_(n) and "
+            "add the bound"
+        )
+    return (args[0], bounds[1]), rest
 
 
 def _splittable(args: Sequence[Any]) -> bool:

@@ -52,6 +52,8 @@ def kernel_dtype(op: Any, args: Sequence[Any], index: int, result: Tensor) -> to
     return given[0] if given and given[0] != result.dtype else None
 
 
+# Draws whose fake kernels take no generator.
+_DRAWS = frozenset({aten.exponential.default, aten.log_normal.default, aten.cauchy.default, aten.geometric.default})
 # Where the weights of a norm begin among its arguments; its statistics are results 1 and 2.
 _WEIGHTS = {
     aten.native_group_norm.default: 1,
@@ -66,6 +68,8 @@ _WEIGHTS = {
 
 def kernel_result(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> private.Result | None:
     """Return what an op's kernel makes of its arguments, where the fake kernel refuses what the real one takes."""
+    if op in _DRAWS and kwargs.get("generator") is not None and args[0].is_contiguous():
+        return private.Result(tuple(args[0].shape), args[0].dtype)
     if op is not aten._grouped_mm.default or args[0].device.type != "cpu":
         return None
     left, right = args[0], args[1]  # of three dimensions: a group each; two flat ones are contracted within groups
