@@ -49,7 +49,8 @@ class Readable:
 
     ``names`` are the identifiers that it mentions, ``attributes`` those and what torch's own modules mention,
     ``data`` the global variables, class attributes and closures that hold data, ``code`` those that hold functions and
-    classes, which were the ones with ``code_ids``. ``searched`` are the names of what it reads by computed names.
+    classes, which were the ones with ``code_ids``. ``searched`` are the names of what it reads by computed names,
+    ``searching`` the classes of modules that read themselves so.
     """
 
     names: frozenset[str]
@@ -59,6 +60,7 @@ class Readable:
     code_paths: tuple[str, ...]
     code_ids: tuple[int, ...]
     searched: frozenset[str]
+    searching: tuple[type, ...]
 
 
 @functools.lru_cache(maxsize=128)
@@ -112,13 +114,14 @@ class _Search:
     codes: set[types.CodeType] = field(default_factory=set)
     todo: list[types.FunctionType] = field(default_factory=list)
     searched: set[str] = field(default_factory=set)
-    of_modules: set[types.FunctionType] = field(default_factory=set)
+    searching: set[type] = field(default_factory=set)
+    of_modules: dict[types.FunctionType, type] = field(default_factory=dict)
 
     def result(self) -> Readable:
         for owner in self.classes:
             # A mappingproxy can't be kept as the dict it is, and needn't: it reads through.
             table = vars(owner)
-            everything = "self" in self.searched and issubclass(owner, nn.Module)
+            everything = any(issubclass(owner, cls) or issubclass(cls, owner) for cls in self.searching)
             fields = table.get("__dataclass_fields__", ())  # an object has its own
             for name in sorted(table if everything else table.keys() & self.names):
                 if not _DUNDER(name) and name not in fields and counts(table[name]):
@@ -131,7 +134,7 @@ class _Search:
         code = tuple([(scope, name) for _, scope, name, _ in self.code.values()])
         paths = tuple([path for path, *_ in self.code.values()])
         ids = tuple([id(scope[name]) for scope, name in code])
-        return Readable(names, attributes, data, code, paths, ids, frozenset(self.searched))
+        return Readable(names, attributes, data, code, paths, ids, frozenset(self.searched), tuple(self.searching))
 
     def enter(self, cls: type) -> None:
         """Search a class: what runs without being named, and from now on its methods that are."""
@@ -145,7 +148,7 @@ class _Search:
             for name, value in vars(base).items():
                 self.members.setdefault(name, []).append(value)
                 if issubclass(base, nn.Module):
-                    self.of_modules.update(functions_in(value))
+                    self.of_modules.update(dict.fromkeys(functions_in(value), base))
                 if name in self.names or name in _UNNAMED:
                     self.push(value)
 
@@ -173,7 +176,9 @@ class _Search:
     def _visit(self, function: types.FunctionType) -> None:
         found = mentions(function.__code__)
         mentioned = found.names
-        self.searched |= found.searched - {"self"} if function not in self.of_modules else found.searched
+        self.searched |= found.searched - {"self"}
+        if "self" in found.searched and function in self.of_modules:
+            self.searching.add(self.of_modules[function])
         for name in sorted(mentioned - self.names - _MAKING):
             for value in self.members.get(name, ()):
                 self.push(value)

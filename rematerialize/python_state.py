@@ -69,7 +69,7 @@ def look_around(modules: list[nn.Module], function: object = None) -> tuple[Pyth
         found += [
             (f"{kind.__name__}.{name}", look.whole(value) if name in known.searched else look.at(value))
             for kind, name, value in held
-            if name in known.attributes or ("self" in known.searched and _is_record(value))
+            if name in known.attributes or (issubclass(kind, known.searching) and _is_record(value))
         ]
         if look.kinds <= met and look.functions <= functions:
             break
@@ -241,23 +241,25 @@ class Look:
 
     def function(self, value: Any, depth: int) -> Hashable:
         """Its code, and what it holds besides: two closures that were made alike are the same."""
-        if not own(value.__module__):
+        module, closure, defaults = value.__module__, value.__closure__, value.__defaults__
+        if not own(module):
             self.functions.add(value)
+        if not (closure or defaults or value.__kwdefaults__ or value.__dict__):
+            return (value.__code__, module)
         mentioned = mentions(value.__code__).names
         within = self if self.names is not None else Look(mentioned)
         cells = []
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+        for name, cell in zip(value.__code__.co_freevars, closure or (), strict=True):
             if name in mentioned and name != "__class__":
                 try:
                     cells.append(within.at(cell.cell_contents, depth))
                 except ValueError:  # not filled yet
                     cells.append(None)
-        defaults = [within.at(entry, depth) for entry in value.__defaults__ or ()]
-        keywords = [(name, within.at(entry, depth)) for name, entry in (value.__kwdefaults__ or {}).items()]
         fields = [
             (name, within.at(entry, depth)) for name, entry in vars(value).items() if name in (within.names or ())
         ]
-        return (value.__code__, value.__module__, tuple(cells), tuple(defaults), tuple(keywords), tuple(fields))
+        held = (within.at(defaults, depth), within.at(value.__kwdefaults__, depth), *cells, *fields)
+        return (value.__code__, module, held)
 
     def method(self, value: Any, depth: int) -> Hashable:
         return (type(value), self.at(value.__func__, depth), self.at(value.__self__, depth))

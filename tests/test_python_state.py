@@ -721,7 +721,7 @@ class Moves(nn.Module):
 @pytest.mark.parametrize(("make", "draw"), MOVING.values(), ids=MOVING)
 def test_what_moves_at_every_call_is_refused_by_name(make: Callable[[], Any], draw: Callable[[Any], float]) -> None:
     ours = remat.wrap(Moves(make(), draw), activation_budget="100%")
-    with pytest.raises(remat.CaptureError, match=r"changes Moves\.moving"):
+    with pytest.raises(remat.CaptureError, match=r"\bmoving\b"):
         ours(torch.randn(3, 4))
 
 
