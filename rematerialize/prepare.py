@@ -395,6 +395,8 @@ def check_model(model: object, device: str | None = None) -> nn.Module:
     refuse_drivers(model)
     if not isinstance(model, nn.Module):
         what = "its class: create an instance first" if isinstance(model, type) else type(model).__name__
+        if inspect.isroutine(model):
+            what += ": make a module whose forward calls it, with what it trains as parameters"
         raise RematerializeError(f"expected an nn.Module (torch.nn.Module instance), got {what}")
     for name, module in model.named_modules():
         if planned_forward(module) is not None:
@@ -402,6 +404,12 @@ def check_model(model: object, device: str | None = None) -> nn.Module:
             raise RematerializeError(
                 f"this model is already wrapped ({part} rematerialized): call rematerialize.unwrap first"
             )
+    lazy = next((name for name, one in model.named_parameters() if nn.parameter.is_lazy(one)), None)
+    if lazy is not None:
+        raise RematerializeError(
+            f"{lazy!r} has no shape before the model has run (a Lazy layer's): call the model once, under "
+            "torch.no_grad(), before"
+        )
     if not model.training:
         raise RematerializeError("the model is in eval mode, where nothing is kept: call model.train() first")
     if device is not None:

@@ -456,3 +456,90 @@ class WritesInAHook(WritesInTheBackward):
 def test_what_a_backward_writes_is_refused(kind: type[Layers]) -> None:
     with pytest.raises(remat.CaptureError, match=r"(the backward changes seen|changed in place by what runs apart)"):
         store_all(kind())(batch())
+
+
+# What differs, as docs/semantics.md says.
+
+
+class TwoDraws(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.dropout(self.a(x), 0.5)).tanh()
+
+
+def test_a_weight_that_is_used_outside_of_the_step_too_has_a_sum_in_another_order() -> None:
+    gradients = []
+    for model in twins(Layers):
+        model.forward = lambda x, m=model: m.b(m.a(x).tanh()) + m.a(x)
+        if gradients:
+            store_all(model)
+        loss = model(batch()).square().sum() + model.a.weight.square().sum() + model(batch(1)).sum()
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for ours, eagers in zip(*gradients, strict=True):
+        assert ours is not None
+        assert eagers is not None
+        torch.testing.assert_close(ours, eagers, rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_of_parameters_run_once_each_after_the_whole_backward() -> None:
+    calls: list[list[str]] = []
+    for model in twins(TwoDraws):
+        if calls:
+            store_all(model)
+        calls.append([])
+        for name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name, log=calls[-1]: log.append(name))
+        model(batch()).sum().backward()
+    assert sorted(calls[0]) == sorted(calls[1])
+
+
+def test_features_are_differentiated_as_far_as_they_go_on_outside() -> None:
+    model = store_all(Features())
+    features, logits = model(batch())
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        torch.autograd.grad(logits.sum(), features, retain_graph=True)
+    (outside,) = torch.autograd.grad(features.square().sum() + logits.sum(), features)
+    assert torch.equal(outside, 2 * features)
+
+
+class Lazy(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.late_layer = nn.LazyLinear(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.late_layer(self.a(x).tanh())
+        return out
+
+
+def test_a_lazy_layer_is_refused_until_it_has_a_shape() -> None:
+    eager, ours = Lazy(), Lazy()
+    with pytest.raises(remat.RematerializeError, match=r"'late_layer.weight' has no shape.*call the model once"):
+        store_all(ours)
+    for model in (eager, ours):
+        with torch.no_grad():
+            model(batch())
+    ours.load_state_dict(eager.state_dict())
+    at_minimum(ours, batch())
+    assert_same_step(step_of(eager, batch()), step_of(ours, batch()))
+
+
+class Deep(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.b(self.a(x).tanh()).sin()
+        return x
+
+
+def test_data_changed_before_the_backward_is_what_is_recomputed_with() -> None:
+    gradients = []
+    for budget in ("100%", None):
+        model = twins(Deep)[0]
+        ours = store_all(model) if budget else at_minimum(model, batch())
+        loss = ours(batch()).square().sum()
+        model.a.weight.data = model.a.weight.data * 2
+        loss.backward()
+        assert model.a.weight.grad is not None
+        gradients.append(model.a.weight.grad)
+    assert torch.isfinite(gradients[0]).all()
+    assert not torch.equal(*gradients)

@@ -26,7 +26,8 @@ def explain(error: Exception, *, in_backward: bool) -> CaptureError:
     if "convert all Tensors to FakeTensors" in text or "Unexpected fake" in text:
         return CaptureError(
             f"the forward uses a tensor that is neither a parameter, a buffer, an attribute of a module nor an input"
-            f"{place}: keep it with register_buffer, or pass it as an argument"
+            f"{place}: keep it with register_buffer, or pass it as an argument, itself or in a list, tuple, dict or "
+            "dataclass that torch.utils._pytree knows (other objects aren't looked into)"
         )
     if "as_strided() is non-compositional" in text:
         return CaptureError(
