@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rematerialize.errors import RematerializeError
+from rematerialize.errors import RematerializeError, did_you_mean
 from rematerialize.units import Budget, parse_budget, parse_bytes
 
 
@@ -110,11 +110,10 @@ def optimizer_bytes(optimizer: Any, model: nn.Module) -> int:
     if isinstance(optimizer, torch.optim.Optimizer) and optimizer.state:
         return _state_bytes(optimizer)
     if isinstance(optimizer, str):
-        classes = {name.lower(): value for name, value in vars(torch.optim).items() if isinstance(value, type)}
+        classes = _optimizers()
         if optimizer.lower() not in classes:
-            raise RematerializeError(
-                f"unknown optimizer {optimizer!r}: give a class name of torch.optim or an instance"
-            )
+            near = did_you_mean(optimizer, classes)
+            raise RematerializeError(f"unknown optimizer {optimizer!r}: expected one of {', '.join(classes)}{near}")
         kind, groups = classes[optimizer.lower()], [{"params": [p for p in model.parameters() if p.requires_grad]}]
     elif isinstance(optimizer, torch.optim.Optimizer):
         kind, groups = type(optimizer), [dict(group) for group in optimizer.param_groups]
@@ -128,6 +127,15 @@ def optimizer_bytes(optimizer: Any, model: nn.Module) -> int:
             f"can't tell how much state {kind.__name__} keeps ({error}): give its bytes as reserve="
         ) from error
     return _state_bytes(rehearsal)
+
+
+def _optimizers() -> dict[str, type[Any]]:
+    """Those of ``torch.optim`` by their names in lower case."""
+    return {
+        name.lower(): value
+        for name, value in sorted(vars(torch.optim).items())
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
 
 
 def _meta(parameter: Tensor) -> Tensor:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rematerialize.errors import BudgetError, GraphError, ScheduleError
+from rematerialize.errors import BudgetError, GraphError, RematerializeError, ScheduleError, closest_file
 from rematerialize.ir import TrainingGraph
 from rematerialize.report.explain import Explanation, explain
 from rematerialize.report.notebook import notebook_html
 from rematerialize.report.plot import memory_figure, save_figure
 from rematerialize.report.table import plan_table
-from rematerialize.report.timeline import of_schedule, store_all
+from rematerialize.report.timeline import Timeline, of_schedule, store_all
 from rematerialize.schedule import Schedule
 from rematerialize.simulate import simulate
 from rematerialize.units import format_bytes, format_percent, format_seconds
@@ -94,6 +95,10 @@ class Plan:
         runs = Counter((*self.schedule.forward, *self.schedule.backward))
         return sum(count - 1 for count in runs.values())
 
+    def stored_timeline(self) -> Timeline:
+        """The step that stores everything, as reports draw it beside the plan: to this plan's figures of it."""
+        return store_all(self.graph, time_s=self.store_all_time_s, peak_bytes=self.store_all_peak_bytes)
+
     def _rows(self) -> list[tuple[str, str]]:
         stored = self.store_all_peak_bytes
         return [
@@ -116,7 +121,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the table beside the memory over the step."""
-        plan, stored = of_schedule(self.graph, self.schedule), store_all(self.graph)
+        plan, stored = of_schedule(self.graph, self.schedule), self.stored_timeline()
         return notebook_html(_TITLE, self._rows(), plan, stored, budget_bytes=self.budget_bytes)
 
     def explain(self, depth: int = 2) -> Explanation:
@@ -166,7 +171,7 @@ class Plan:
             If matplotlib, the extra ``plot``, isn't installed, or the suffix is another one.
         """
         figure = memory_figure(
-            of_schedule(self.graph, self.schedule), store_all(self.graph), budget_bytes=self.budget_bytes
+            of_schedule(self.graph, self.schedule), self.stored_timeline(), budget_bytes=self.budget_bytes
         )
         if path is not None:
             save_figure(figure, path)
@@ -190,8 +195,17 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+        """Write the plan as JSON.
+
+        Raises
+        ------
+        RematerializeError
+            If the file can't be written.
+        """
+        try:
+            Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise RematerializeError(f"can't write the plan {path}: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -200,16 +214,20 @@ class Plan:
         Raises
         ------
         ScheduleError, GraphError
-            If the file isn't a plan, or holds a schedule that its graph doesn't allow. One line each.
+            If there is no such file, it isn't a plan, its figures don't go together, or it holds a schedule that its
+            graph doesn't allow. One line each.
         """
         data = _read(path)
-        graph = TrainingGraph.from_json(data["graph"])
-        schedule = Schedule.from_json(data["schedule"])
-        result = simulate(graph, schedule.forward, schedule.backward)
+        try:
+            graph = TrainingGraph.from_json(data["graph"])
+            schedule = Schedule.from_json(data["schedule"])
+            result = simulate(graph, schedule.forward, schedule.backward)
+        except (GraphError, ScheduleError) as error:
+            raise type(error)(f"{path} is not a good plan: {error}") from None
         numbers = {}
         for key, kind in _NUMBERS.items():
             value = data.get(key)
-            if not isinstance(value, kind) or isinstance(value, bool) or value < 0:
+            if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < math.inf:
                 raise ScheduleError(f"{path}: {key} must be a number that is not negative, got {value!r}")
             numbers[key] = value
         if result.peak_bytes != schedule.peak_bytes or result.peak_bytes > numbers["budget_bytes"]:
@@ -218,7 +236,20 @@ class Plan:
                 f"{schedule.peak_bytes} under a budget of {numbers['budget_bytes']}; make a new plan"
             )
         numbers["searched_minimum_bytes"] = numbers.pop("minimum_bytes")
-        return cls(graph=graph, schedule=schedule, **numbers)
+        made = cls(graph=graph, schedule=schedule, **numbers)
+        for key, computed in (("peak_bytes", made.peak_bytes), ("overhead", made.overhead), ("gap", made.gap)):
+            if not _agree(data.get(key), computed):
+                raise ScheduleError(
+                    f"{path}: {key} is {data.get(key)!r}, its schedule gives {computed!r}; make a new plan"
+                )
+        return made
+
+
+def _agree(said: object, computed: float | None) -> bool:
+    """Whether a figure of a file is the one that follows from the rest of it, as far as text holds numbers."""
+    if computed is None or not isinstance(said, (int, float)) or isinstance(said, bool):
+        return said is computed
+    return math.isclose(said, computed, rel_tol=1e-9, abs_tol=1e-12)
 
 
 _NUMBERS: dict[str, Any] = {
@@ -234,6 +265,12 @@ _NUMBERS: dict[str, Any] = {
 def _read(path: str | Path) -> dict[str, Any]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ScheduleError(f"expected a plan file, but there is no file {path}{closest_file(Path(path))}") from None
+    except OSError as error:
+        raise ScheduleError(f"can't read the plan {path}: {error.strerror}") from error
+    except RecursionError:
+        raise ScheduleError(f"{path} is not a plan: it is nested too deeply; save the plan again") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ScheduleError(f"{path} is not a plan: it isn't valid JSON ({error}); save the plan again") from None
     if not isinstance(data, dict) or data.get("format") != _FORMAT:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from rematerialize.harness import (
 )
 from rematerialize.plans import Plan
 from rematerialize.prepare import home_of
+from rematerialize.targets.factory import blame
 
 ROUNDS = 5
 
@@ -60,6 +61,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 parameter.grad = gradient
 
 
+def settle(model: nn.Module, example_inputs: Any) -> None:
+    """Run one eager step and forget it: what a model sets at its first call is set before a plan is made for it.
+
+    Swin's layers shrink their windows so. A plan made before holds for the model as it was, and the first planned step
+    after one of eager's would plan again. What the step raises, the capture tells better.
+    """
+    with undisturbed(model), suppress(Exception):
+        Stepper(model, example_inputs, weightless_loss).step(0)
+
+
 def planned_forward(model: nn.Module, plan: Plan, example_inputs: Any) -> Callable[..., Any]:
     """The forward that a model would have under a plan; the model keeps its own."""
     forward: Callable[..., Any] = wrap(model, plan=plan, example_inputs=example_inputs).forward
@@ -70,19 +81,29 @@ def planned_forward(model: nn.Module, plan: Plan, example_inputs: Any) -> Callab
 def try_plans(
     model: nn.Module, example_inputs: Any, plans: Sequence[Plan], *, rounds: int = ROUNDS, seed: int = 0
 ) -> tuple[Trial, tuple[Trial, ...]]:
-    """Run the model as it is and under each plan, in turns.
+    """Run the model as it is and under each plan, in turns, after a step of each that isn't measured.
 
-    Every output gets a gradient, of a loss that takes no memory: what plans count on, and nothing else.
+    Every output gets a gradient, of a loss that takes no memory: what plans count on, and nothing else. Plans of a
+    model that has not run before are best made after `settle`.
 
     Returns
     -------
     (Trial, tuple of Trial)
         Eager's, and one per plan.
+
+    Raises
+    ------
+    TargetError
+        If the model's own step raises.
     """
     device = home_of(model)
     eager = Stepper(model, example_inputs, weightless_loss)
     steppers = [eager, *(replace(eager, call=planned_forward(model, plan, example_inputs)) for plan in plans)]
     with undisturbed(model):
+        with blame("a step of the model"):
+            eager.step(seed)
+        for stepper in steppers[1:]:
+            stepper.step(seed)  # unmeasured: whatever a first step does besides is done by then
         peaks = [measure_step_peak(stepper, seed=seed, device=str(device)).peak_bytes for stepper in steppers]
         runs = {str(at): functools.partial(stepper.step, seed) for at, stepper in enumerate(steppers)}
         wait = torch.cuda.synchronize if device.type == "cuda" else None

@@ -27,7 +27,7 @@ _UNIT_BYTES = {
 _QUANTITY = re.compile(
     r"\s*(?P<number>\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})\s*(?P<unit>[a-z]+|%)?\s*", re.IGNORECASE | re.ASCII
 )
-_EXAMPLES = "bytes as an int (8589934592) or text with a unit ('8GiB', '512 MiB', '8GB')"
+_EXAMPLES = "bytes (8589934592) or a size with a unit ('8GiB', '512 MiB', '8GB')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def parse_bytes(value: BudgetLike, *, name: str = "size", expected: str = _EXAMP
     >>> parse_bytes(0.3)
     Traceback (most recent call last):
     ...
-    rematerialize.errors.UnitError: size 0.3 has no unit: expected bytes as an int (8589934592) or text \
+    rematerialize.errors.UnitError: size 0.3 has no unit: expected bytes (8589934592) or a size \
 with a unit ('8GiB', '512 MiB', '8GB'); for 0.3 GiB write '0.3GiB'
     """
     if isinstance(value, str):

@@ -30,7 +30,7 @@ from rematerialize.plans import Plan
 from rematerialize.prepare import home_of, matching_variant, prepare_example
 from rematerialize.targets.factory import blame
 from rematerialize.targets.load import Target
-from rematerialize.trial import planned_forward, undisturbed
+from rematerialize.trial import planned_forward, settle, undisturbed
 
 ROUNDING = 2e-6  # of a tensor's largest magnitude: what float32 sums of some thousand terms differ by in another order
 _RESTLESS = 1e-3  # an eager step that doesn't repeat itself excuses at most this
@@ -130,6 +130,7 @@ def verify(
     BudgetError
         If nothing fits the budget.
     """
+    settle(target.model, target.inputs)
     prepared = prepare_example(target.model, target.inputs, cost_cache=cost_cache)
     if isinstance(plan, BudgetRequest):
         plan = choose(target.model, prepared, plan)
@@ -218,7 +219,8 @@ def _excuse(runs: _Runs, splits: bool, rounding: bool) -> str:
     bound = max(ROUNDING, min(runs.repeats.max_relative, _RESTLESS))
     if not (splits or rounding or not runs.repeats.exact) or runs.max_relative > bound:
         return ""
-    return "recurrences run split over time" if splits else f"within {bound:.0e} of the largest magnitude"
+    why = "since this plan's recurrences run split over time" if splits else "of the largest magnitude"
+    return f"{bound:.0e} allowed, {why}"
 
 
 def _counted(what: str, equal: Sequence[bool], how: str, more: str = "") -> Finding:

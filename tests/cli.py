@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rematerialize.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +57,32 @@ def call(capfd: pytest.CaptureFixture[str], *args: str, code: int | None = 0) ->
     assert isinstance(found, int)
     assert code is None or found == code, err
     return Said(found, out, err)
+
+
+def on_terminal(
+    *args: str,
+    columns: int = 100,
+    no_color: bool = False,
+    program: Sequence[str] = ("-m", "rematerialize"),
+    cwd: Path | None = None,
+) -> tuple[int, str]:
+    """Run a command in a process of its own whose stdout and stderr are a terminal: its exit code and what it shows."""
+    env = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    env |= {"TERM": "xterm-256color", "COLUMNS": str(columns), "PYTHONPATH": str(ROOT)}
+    env |= {"NO_COLOR": "1"} if no_color else {}
+    ours, theirs = pty.openpty()
+    running = subprocess.Popen(
+        [sys.executable, *program, *args], cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs, env=env
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65_536)
+        except OSError:  # how Linux says that the other side is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    return running.wait(), shown.decode().replace("\r\n", "\n")

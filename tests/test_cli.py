@@ -213,6 +213,13 @@ def test_solve_writes_the_file_and_prints_a_summary(graph_file: Path) -> None:
     assert json.loads(done.stdout)["peak_bytes"] == schedule.peak_bytes
 
 
+def test_a_schedule_as_json_has_a_schema_and_is_a_schedule_file_too(graph_file: Path) -> None:
+    done = run_cli("solve", "graph.json", "--budget", "6kB", "--json", cwd=graph_file.parent)
+    assert json.loads(done.stdout)["schema"] == "rematerialize.schedule/1"
+    plain = run_cli("solve", "graph.json", "--budget", "6kB", cwd=graph_file.parent)
+    assert Schedule.from_json(done.stdout) == Schedule.from_json(plain.stdout)
+
+
 def test_both_names_of_the_budget_mean_the_same_for_a_graph(graph_file: Path) -> None:
     said = [
         run_cli("solve", "graph.json", name, "6000", cwd=graph_file.parent).stdout
@@ -249,6 +256,8 @@ def test_an_unknown_solver_is_named_with_those_known(graph_file: Path) -> None:
     done = run_cli("solve", "graph.json", "--budget", "30%", "--solver", "magic", cwd=graph_file.parent, code=2)
     assert "'magic'" in the_error(done)
     assert "auto" in the_error(done)
+    done = run_cli("solve", "graph.json", "--budget", "30%", "--solver", "descnt", cwd=graph_file.parent, code=2)
+    assert the_error(done).endswith("; did you mean 'descent'?")
 
 
 GOOD = a_graph(2).to_json()
@@ -271,7 +280,7 @@ BAD_FILES = {
 def test_a_bad_file_is_exit_code_2_and_writes_nothing(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "graph.json").write_bytes(content)
     done = run_cli("solve", "graph.json", "--budget", "1GiB", "-o", "out.json", cwd=tmp_path, code=2)
-    assert the_error(done)
+    assert the_error(done).startswith("graph.json can't be solved: ")
     assert done.stdout == ""
     assert not (tmp_path / "out.json").exists()
 
@@ -280,6 +289,11 @@ def test_a_bad_file_is_exit_code_2_and_writes_nothing(content: bytes, tmp_path: 
 def test_a_path_that_does_not_work_is_named(args: tuple[str, ...], graph_file: Path) -> None:
     done = run_cli("solve", *args, "--budget", "1GiB", cwd=graph_file.parent, code=2)
     assert args[-1] in the_error(done)
+
+
+def test_a_graph_file_that_is_not_there_is_told_its_closest(graph_file: Path) -> None:
+    done = run_cli("solve", "grpah.json", "--budget", "1GiB", cwd=graph_file.parent, code=2)
+    assert the_error(done).endswith("there is no file grpah.json; did you mean 'graph.json'?")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

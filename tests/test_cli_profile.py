@@ -72,6 +72,10 @@ def test_a_plan_is_shown_beside_store_all_and_full_checkpointing(
     one = call(capfd, "explain", "plan.json", "--module", "0", "--json").json()
     assert {row["module"] for row in one["ops"]} == {"0"}
     assert one["schema"] == "rematerialize.explain/1"
+    blocks = call(capfd, "explain", "plan.json", "--module", "0", "--ops").stdout
+    assert blocks.startswith("Forward ops of 0\n")
+    assert "(itself)" in blocks
+    assert max(map(len, blocks.splitlines())) <= 150
     assert "no module 'nope'" in call(capfd, "explain", "plan.json", "--module", "nope", code=2).error()
 
 
@@ -99,6 +103,22 @@ def test_a_fused_op_is_told_by_all_that_it_does(target: str, tmp_path: Path, cap
     said = call(capfd, "explain", "plan.json", "--ops").stdout
     assert "_native_batch_norm_legit + relu " in said
     assert "forward ops" in said
+
+
+def test_a_module_is_found_by_the_closest_name_of_those_around_it(
+    target: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = CODE.replace("nn.Sequential(*layers)", "nn.ModuleDict({'blocks': nn.Sequential(*layers)})['blocks']")
+    Path("named.py").write_text(
+        code.replace("return nn.ModuleDict", "return Net(nn.ModuleDict").replace("['blocks'],", "),")
+        + "class Net(nn.Module):\n"
+        "    def __init__(self, parts):\n        super().__init__()\n        self.parts = parts\n"
+        "    def forward(self, x):\n        return self.parts['blocks'](x)\n",
+        encoding="utf-8",
+    )
+    call(capfd, "plan", "named.py:make", "--activation-budget", "100%", "-o", "named.json")
+    said = call(capfd, "explain", "named.json", "--module", "parts.blcks", code=2).error()
+    assert said.endswith("; did you mean 'parts.blocks'?")
 
 
 def test_the_page_of_a_frontier_says_which_plan_it_shows(target: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -180,8 +200,7 @@ def test_a_named_device_is_computed_not_measured(target: str, capfd: pytest.Capt
         ("plan", "net.py:make", "--budget", "1GiB", "--activation-budget", "1GiB"),
         ("plan", "net.py:make", "--budget", "much"),
         ("profile", "net.py:mak"),
-        ("profile", "net.py:make", "--optimizer", "adamx"),
-        ("profile", "net.py:make", "--device", "NVIDIA H100"),
+        ("profile", "net.py:make", "--device", "NVIDIA H150"),
         ("max-batch", "net.py:make", "--activation-budget", "50%"),
         ("max-batch", "net.py:make", "--budget", "1GiB", "--batch-dim", "7"),
         ("explain", "absent.json"),
@@ -192,6 +211,57 @@ def test_wrong_words_are_one_line(args: tuple[str, ...], target: str, capfd: pyt
     said = call(capfd, *args, code=2)
     assert said.error()
     assert said.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("profile", "--optimizer", "admaw"), "unknown optimizer 'admaw': expected one of asgd, "),
+        (("profile", "--optimizer", "admaw"), "; did you mean 'adamw'?"),
+        (("frontier", "--optimizer", "sdg"), "; did you mean 'sgd'?"),
+        (("profile", "--device", "h100"), "did you mean 'NVIDIA H100 80GB' or 'NVIDIA H100 PCIe 80GB'?"),
+        (("profile", "--device", "NVIDIA H100"), "; did you mean 'NVIDIA H100 80GB'"),
+        (("plan", "--budget", "1GiB", "--reserve", "x"), "--reserve 'x' can't be read: expected bytes (8589934592) or"),
+        (("profile", "--reserve", "0.5"), "--reserve '0.5' has no unit"),
+        (("frontier", "--reserve", "x"), "--reserve 'x' can't be read"),
+        (("max-batch", "--budget", "1GiB", "--reserve", "-1"), "--reserve '-1' is not positive"),
+        (("plan", "--activation-budget", "50%", "--reserve", "1MiB"), "leave --reserve out"),
+        (("max-batch", "--activation-budget", "1MiB", "--optimizer", "sgd"), "leave --optimizer out"),
+        (("plan", "--activation-budget", "50%", "-o", "."), ". is a folder: name a file in it"),
+        (("plan", "--activation-budget", "50%", "-o", ".", "--force"), ". is a folder: name a file in it"),
+    ],
+)
+def test_a_near_miss_is_told_what_is_close_and_in_the_shells_words(
+    args: tuple[str, ...], says: str, target: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = call(capfd, args[0], target, *args[1:], code=2)
+    assert says in said.error()
+    assert said.stdout == ""
+
+
+def test_a_frontier_counts_the_optimizers_state_and_the_reserve(target: str, capfd: pytest.CaptureFixture[str]) -> None:
+    asked = ("frontier", target, "--points", "2", "--bytes", "-q")
+    state = 2 * 16896 + 8 * 4
+    alone, more = (
+        call(capfd, *asked, *besides).stdout.splitlines()[3:]
+        for besides in ((), ("--optimizer", "adamw", "--reserve", "1MiB"))
+    )
+    for line, other in zip(alone, more, strict=True):
+        before, after = (re.findall(r"([\d,]+) B", text) for text in (line, other))
+        assert before[0] == after[0]
+        assert int(after[1].replace(",", "")) - int(before[1].replace(",", "")) == state + 2**20
+    found = call(capfd, *asked, "--optimizer", "adamw", "--json").json()
+    assert (found["optimizer_bytes"], found["reserve_bytes"]) == (state, 0)
+
+
+def test_the_page_of_a_frontier_has_one_overhead_for_its_plan(target: str, capfd: pytest.CaptureFixture[str]) -> None:
+    (Path.cwd() / "drops.py").write_text(CODE.replace("nn.GELU()", "nn.Dropout(0.1)"), encoding="utf-8")
+    call(capfd, "frontier", "drops.py:make", "--points", "3", "-o", "f.html", "--force")
+    page = Path("f.html").read_text(encoding="utf-8")
+    (headline,) = re.findall(r"for (-?[\d.]+%) more compute time", page)
+    (card,) = re.findall(r"<dt>Overhead</dt><dd>(-?[\d.]+%)<", page)
+    (chart,) = re.findall(r"this plan: [\d.]+ \w+, (-?[\d.]+%)", page)
+    assert headline == card == chart
 
 
 @pytest.mark.parametrize("no_color", [False, True])

@@ -116,6 +116,8 @@ class Spoiled(nn.Module):
         outputs = self.wrapped(*args)
         if self.what == "gradients":
             outputs.register_hook(lambda gradient: gradient * 1.001)
+        elif self.what == "rounding":
+            self.norm.weight.register_hook(lambda gradient: gradient * (1 + 2**-22))
         elif self.what == "loss":
             outputs = outputs + 1
         elif self.what == "buffers":
@@ -175,10 +177,21 @@ def test_values_that_differ_can_not_be_excused_as_rounding(
     call(capfd, "verify", "verified_net:make", *BUDGET, "--up-to-rounding", code=4)
 
 
+def test_differences_of_rounding_are_a_mismatch_unless_they_are_asked_for(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rematerialize.verify, "planned_forward", spoiled_by("rounding"))
+    said = call(capfd, "verify", "verified_net:make", *BUDGET, code=4).stdout
+    assert "that is rounding: --up-to-rounding accepts it" in said
+    said = call(capfd, "verify", "verified_net:make", *BUDGET, "--up-to-rounding").stdout
+    assert "2e-06 allowed, of the largest magnitude" in said
+
+
 def test_a_recurrence_that_runs_split_is_equal_up_to_rounding_and_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     said = call(capfd, "verify", "verified_net:lstm", "--activation-budget", "40%")
-    assert "recurrences run split over time" in said.stdout
+    assert "2e-06 allowed, since this plan's recurrences run split over time" in said.stdout
     assert "equal up to rounding" in said.stdout
+    assert "splits a fused recurrence" in " ".join(call(capfd, "verify", "--help").stdout.split())
 
 
 def test_a_step_that_gives_nan_is_repeated_by_one_that_does_and_noted(capfd: pytest.CaptureFixture[str]) -> None:
@@ -200,6 +213,7 @@ def test_the_target_is_left_as_it_was() -> None:
     ("args", "says"),
     [
         (("verified_net:make",), "expected one of --budget and --activation-budget, got none"),
+        (("verified_net:make",), "or a plan file by --plan"),
         (("verified_net:make", *BUDGET, "--plan", "plan.json"), "expected a --plan or a budget, got both"),
         (("verified_net:make", "--plan", "plam.json"), "there is no file plam.json; did you mean 'plan.json'?"),
         (("verified_net:make", "--plan", "."), "that is a folder"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,9 @@ from torch import Tensor, nn
 import rematerialize as remat
 from rematerialize.analytic import on_fake_tensors
 from rematerialize.errors import RematerializeError
+from rematerialize.prepare import shared_costs
+from rematerialize.profiling import Measured
+from rematerialize.trial import try_plans
 
 
 class Net(nn.Module):
@@ -101,3 +107,53 @@ def test_a_device_that_is_not_here_needs_no_storage() -> None:
 def test_an_unknown_device_is_named_with_the_closest() -> None:
     with pytest.raises(RematerializeError, match="did you mean 'NVIDIA H100 80GB'"):
         profiled(device="NVIDIA H100 80 GB")
+
+
+class Settles(Net):
+    """Sets a number at its first call, as Swin's layers shrink their windows to the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.window > 2:
+            self.window = 2
+        return super().forward(x) * self.window
+
+
+def test_a_model_that_settles_at_its_first_call_is_measured_and_planned_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "rematerialize")
+    found = remat.profile(Settles(), (torch.randn(ROWS, WIDTH),), measure=True)
+    assert found.measured is not None
+    assert math.isclose(found.measured.peak_bytes, found.activation_peak_bytes, rel_tol=0.01)
+    assert sum(message.startswith("captured ") for message in caplog.messages) == 1
+
+
+def test_a_trial_of_a_plan_that_was_made_before_the_model_settled_plans_again_unmeasured(tmp_path: Path) -> None:
+    model, inputs = Settles(), (torch.randn(ROWS, WIDTH),)
+    plan = remat.plan(model, inputs, activation_budget="100%", cost_cache=tmp_path)
+    shared_costs.cache_clear()  # as in a process of its own: to plan again is to measure again
+    _, (ours,) = try_plans(model, inputs, [plan], rounds=1)
+    assert ours.peak_bytes <= plan.budget_bytes
+
+
+class Moody(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            raise ValueError("not in this mood")
+        return super().forward(x)
+
+
+def test_what_a_measured_step_raises_is_told_as_the_models() -> None:
+    with pytest.raises(RematerializeError, match="a step of the model raised ValueError: not in this mood"):
+        remat.profile(Moody(), (torch.randn(ROWS, WIDTH),), measure=True)
+
+
+@pytest.mark.parametrize(("slower", "says"), [(1.1, False), (2.0, True), (0.5, True)])
+def test_a_time_that_is_far_off_says_what_the_prediction_counts(slower: float, says: bool) -> None:
+    found = profiled()
+    measured = Measured(found.activation_peak_bytes, found.timeline.time_s * slower, 1, 1.0)
+    rows = dict(replace(found, measured=measured).overview())
+    assert ("of kernels without Python's dispatch" in rows["measured step"]) == says
+    assert "kernels" not in rows["measured activations"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from rematerialize.errors import RematerializeError
+from rematerialize.errors import RematerializeError, ScheduleError
 from rematerialize.plans import Plan
 from rematerialize.report.figures import FrontierPoint
 from rematerialize.report.notebook import notebook_html
 from rematerialize.report.plot import frontier_figure, memory_figure, save_figure
 from rematerialize.report.timeline import of_schedule, store_all
+from rematerialize.units import format_bytes, format_percent
+from tests.cli import on_terminal
 from tests.reports import a_long_step, a_schedule, a_step, store_all_schedule
 from tests.test_cli import run_cli
 from tests.test_report_html import HOSTILE, Elements, hostile_step
@@ -78,6 +81,76 @@ def test_text_goes_to_stdout_without_an_output(folder: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(("name", "start"), [("png", b"\x89PNG"), ("memory_viz", b"\x80")])
+def test_a_pipe_takes_what_is_not_text_too(folder: Path, name: str, start: bytes) -> None:
+    if name == "png":
+        pytest.importorskip("matplotlib")
+    command = [sys.executable, "-m", "rematerialize", "export", "plan.json", "--format", name]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True
+    )
+    assert done.stdout.startswith(start)
+
+
+def test_a_terminal_is_told_where_else_it_could_go(folder: Path) -> None:
+    code, shown = on_terminal("export", str(folder / "plan.json"), "--format", "memory_viz")
+    assert code == 2
+    assert "memory_viz is not for a terminal: say where to write it, for example -o plan.pickle" in shown
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("peak_bytes", "x"), ("peak_bytes", 4000), ("peak_bytes", None), ("overhead", 0.01), ("gap", 0.5)],
+)
+def test_a_plan_file_whose_figures_do_not_go_together_is_refused(folder: Path, key: str, value: object) -> None:
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    (folder / "odd.json").write_text(json.dumps({**plan, key: value}), encoding="utf-8")
+    for command in (("explain", "odd.json"), ("export", "odd.json", "-o", "page.html")):
+        done = run_cli(*command, cwd=folder, code=2)
+        assert f"odd.json: {key} is {value!r}, its schedule gives" in done.stderr
+        assert done.stdout == ""
+
+
+def test_what_is_wrong_inside_a_plan_names_the_file(folder: Path) -> None:
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    (folder / "odd.json").write_text(json.dumps({**plan, "graph": {}}), encoding="utf-8")
+    assert (
+        "odd.json is not a good plan: graph: format is None"
+        in run_cli("explain", "odd.json", cwd=folder, code=2).stderr
+    )
+
+
+def test_the_librarys_files_fail_in_the_packages_own_words(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ScheduleError, match=r"there is no file .*plam\.json; did you mean 'plan\.json'\?"):
+        Plan.load(folder / "plam.json")
+    with pytest.raises(ScheduleError, match="can't read the plan"):
+        Plan.load(folder)
+    with pytest.raises(RematerializeError, match=r"can't write the plan .*no/such/plan\.json: No such file"):
+        a_plan().save(tmp_path / "no/such/plan.json")
+
+
+def test_a_figure_that_can_not_be_written_says_so_in_the_packages_own_words(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(RematerializeError, match=r"can't write the figure .*no/such/plan\.png: No such file"):
+        a_plan().plot(tmp_path / "no/such/plan.png")
+
+
+def test_exports_have_the_plans_own_time_of_storing_everything(folder: Path) -> None:
+    """Its graph may be of another way to run the step, which takes longer when everything is stored."""
+    graph, schedule = a_step(), a_schedule(a_step())
+    plan = Plan(graph, schedule, schedule.budget_bytes, 5400, store_all(graph).time_s * 0.8, 4000, 1000, 0.5)
+    plan.save(folder / "masked.json")
+    run_cli("export", "masked.json", "-o", "page.html", cwd=folder)
+    text = "".join(Elements((folder / "page.html").read_text(encoding="utf-8")).text)
+    assert f"for {format_percent(plan.overhead)} more compute time" in text
+    assert "smallest that works: 3.91 KiB" in text
+    run_cli("export", "masked.json", "-o", "trace.json", "--format", "perfetto", cwd=folder)
+    events = json.loads((folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    ends = [event["ts"] + event["dur"] for event in events if event["ph"] == "X" and event["pid"] == 2]
+    assert max(ends) == pytest.approx(plan.store_all_time_s * 1e6)
+    assert f"store-all {format_bytes(5400)}" in plan._repr_html_().replace(", ", " ")
+
+
 def test_other_plans_make_the_pages_frontier(folder: Path) -> None:
     run_cli("export", "plan.json", "-o", "page.html", "--with", "stored.json", cwd=folder)
     text = "".join(Elements((folder / "page.html").read_text(encoding="utf-8")).text)
@@ -91,12 +164,15 @@ def test_other_plans_make_the_pages_frontier(folder: Path) -> None:
         (("plan.json", "--format", "htlm"), "unknown --format 'htlm': did you mean html? choose one of html, perfetto"),
         (("plan.json", "--format", "zzz"), "unknown --format 'zzz': choose one of html"),
         (("plan.json",), "expected --format, one of html, perfetto, memory_viz, csv"),
-        (("plan.json", "--format", "memory_viz"), "for example -o plan.pickle"),
         (("plan.json", "--format", "perfetto", "-o", "a.csv"), "ends like --format csv, got --format perfetto"),
         (("plan.json", "--format", "perfetto", "-o", "plan.json", "--force"), "-o plan.json is the plan itself"),
         (("plan.json", "-o", "stored.json"), "stored.json exists already: give --force"),
         (("plan.json", "-o", "no/such/page.html"), "there is no folder no/such"),
-        (("missing.json", "-o", "page.html"), "missing.json: No such file or directory"),
+        (("missing.json", "-o", "page.html"), "there is no file missing.json"),
+        (("plam.json", "-o", "page.html"), "there is no file plam.json; did you mean 'plan.json'?"),
+        (("plan.json", "-o", "page.html", "--with", "storde.json"), "no file storde.json; did you mean 'stored.json'?"),
+        (("plan.json", "-o", ".", "--format", "html"), "is a folder: name a file in it"),
+        (("plan.json", "-o", ".", "--format", "html", "--force"), "is a folder: name a file in it"),
         (("bad.json", "-o", "page.html"), "bad.json is not a plan: it isn't valid JSON"),
         (("plan.json", "-o", "page.html", "--with", "another.json"), "another.json is a plan of another step"),
         (("plan.json", "-o", "rows.csv", "--with", "stored.json"), "--with adds plans to the page"),

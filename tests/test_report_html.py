@@ -12,6 +12,7 @@ from hypothesis import given, settings
 
 from rematerialize.errors import RematerializeError, ScheduleError
 from rematerialize.ir import Op, TrainingGraph
+from rematerialize.plans import Plan
 from rematerialize.report.curves import COLUMNS, edges, frame, line, path, size_ticks, spans, x_ticks
 from rematerialize.report.figures import FrontierPoint
 from rematerialize.report.html import html_report
@@ -19,6 +20,7 @@ from rematerialize.report.lanes import lane_of_each, lanes
 from rematerialize.report.payload import embedded_json, page_data
 from rematerialize.report.timeline import of_schedule, store_all
 from rematerialize.schedule import Schedule
+from rematerialize.units import format_bytes, format_percent, format_seconds
 from tests.reports import a_long_step, a_schedule, a_step, store_all_schedule
 from tests.strategies import training_graphs
 
@@ -244,3 +246,38 @@ def test_an_empty_step_makes_a_page() -> None:
     graph = TrainingGraph((), {}, frozenset(), (), (), ())
     page = html_report(graph, Schedule((), (), 0, "by hand", 0, 0.0, 0))
     assert "The step is empty." in page
+
+
+def test_a_page_has_the_plans_own_figures_of_the_step_that_stores_everything() -> None:
+    """A plan of another way to run the step, masks as bytes or recurrences split, is held against the step as it is."""
+    graph, schedule = a_step(), a_schedule(a_step())
+    alone = store_all(graph)
+    plan = Plan(graph, schedule, schedule.budget_bytes, alone.peak_bytes * 9 // 10, alone.time_s * 0.8, 3000, 1000)
+    page = page_of(graph, schedule, minimum_bytes=plan.minimum_bytes, stored=plan.stored_timeline())
+    text = "".join(Elements(page).text)
+    overhead = format_percent(plan.overhead)
+    assert overhead != format_percent(of_schedule(graph, schedule).time_s / alone.time_s - 1)
+    for said in (
+        f"for {overhead} more compute time",
+        f"Overhead{overhead}",
+        f"Store-all peak{format_bytes(plan.store_all_peak_bytes)}",
+        f"instead of {format_bytes(plan.store_all_peak_bytes)}",
+        f"store-all {format_bytes(plan.store_all_peak_bytes)}",
+        "smallest that works: 2.93 KiB",
+        f"{format_seconds(plan.schedule.time_s)}{format_seconds(plan.store_all_time_s)}",
+    ):
+        assert said in text, said
+    assert format_bytes(alone.peak_bytes) not in text
+
+
+def test_a_drawn_out_timeline_ends_and_peaks_where_it_is_told_to() -> None:
+    graph = a_step()
+    alone, drawn = store_all(graph), store_all(graph, time_s=1.5, peak_bytes=7777)
+    assert (drawn.time_s, drawn.peak_bytes) == (1.5, 7777)
+    assert max(run.live_bytes for run in drawn.executions) == 7777
+    last = drawn.executions[-1]
+    assert last.start_s + last.op.time_s == pytest.approx(1.5)
+    assert store_all(graph, time_s=alone.time_s, peak_bytes=alone.peak_bytes) == alone
+    data = page_data(drawn, drawn, frame((drawn, drawn)), 1)
+    listed_s = sum(data["ops"]["time"][op] for op in data["stored"]["op"])
+    assert listed_s * data["stored"]["pace"] == pytest.approx(1.5)

@@ -7,8 +7,8 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -58,7 +58,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         if console.verbose:
             logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
         printed = (kwargs.pop("output"), kwargs.pop("force")) if redirects else (None, False)
-        with one_line_errors(console.debug), console.printing_to(*printed):
+        with one_line_errors(console.debug, console.as_json), console.printing_to(*printed):
             function(console, **kwargs)
 
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + common
@@ -83,15 +83,11 @@ def root(
         raise typer.Exit(2)
 
 
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit with its code."""
+def run(args: list[str]) -> int:
+    """Run a command line and return its exit code."""
     from rematerialize.cli import commands
 
     assert commands.__all__
-    sys.exit(_run(list(sys.argv[1:] if argv is None else argv)))
-
-
-def _run(args: list[str]) -> int:
     try:
         code = app(args, standalone_mode=False, prog_name="rematerialize")
         sys.stdout.flush()

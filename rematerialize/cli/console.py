@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import typer
 
@@ -24,6 +24,8 @@ _STAGES = {
     "measure": "running steps",
 }
 _BAR = 30
+_NARROWEST = 8  # of a column whose words may be broken
+_GUTTER = 3  # between the columns of a table with lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +77,48 @@ class Console:
             table.add_row(name, value)
         _rich_print(table)
 
-    def table(self, title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> None:
-        """Print a table with headers under a title ("" for none)."""
+    def table(
+        self,
+        title: str,
+        headers: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        align: str = "",
+        *,
+        styles: Sequence[str] = (),
+        whole: Sequence[int] = (),
+    ) -> None:
+        """Print a table with headers under a title ("" for none).
+
+        Parameters
+        ----------
+        title, headers, rows, align
+            As `aligned_table`.
+        styles : sequence of str
+            On a terminal, a style of rich's for each row: colour, where it means something.
+        whole : sequence of int
+            Columns whose words are never broken, since people copy them. On a terminal too narrow for that, rows become
+            paragraphs.
+        """
         if not on_terminal():
             print("\n".join(filter(None, (title, aligned_table(headers, rows, align)))))
             return
         from rich import box
         from rich.table import Table
 
+        widths: list[int | None] = [None] * len(headers)
+        if whole:
+            found = _widths([headers, *rows], whole, terminal_width())
+            if found is None:
+                _paragraphs(title, headers, rows, styles)
+                return
+            widths = [*found]
         sides = align or "<" + ">" * (len(headers) - 1)
         table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        for header, side in zip(headers, sides, strict=True):
-            table.add_column(header, justify="right" if side == ">" else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
+        for at, (header, side) in enumerate(zip(headers, sides, strict=True)):
+            justify: Literal["left", "right"] = "right" if side == ">" else "left"
+            table.add_column(header, justify=justify, overflow="fold", width=widths[at])
+        for row, style in zip(rows, styles or [""] * len(rows), strict=True):
+            table.add_row(*row, style=style or None)
         _rich_print(table)
 
     def check_output(self, path: Path | None, *, force: bool) -> None:
@@ -97,10 +127,12 @@ class Console:
         Raises
         ------
         UsageError
-            If the file is there and ``force`` is not set, or its folder isn't there.
+            If the file is there and ``force`` is not set, it is a folder, or its folder isn't there.
         """
         if path is None:
             return
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder: name a file in it")
         if path.exists() and not force:
             raise UsageError(f"{path} exists already: give --force to overwrite it, or another -o")
         if not path.parent.is_dir():
@@ -158,6 +190,41 @@ class Console:
 def on_terminal() -> bool:
     """Whether stdout is a terminal, where tables get colour and lines."""
     return sys.stdout.isatty()
+
+
+def terminal_width() -> int:
+    """Columns of the terminal."""
+    from rich.console import Console as RichConsole
+
+    return RichConsole().width
+
+
+def _widths(lines: Sequence[Sequence[str]], whole: Sequence[int], room: int) -> list[int] | None:
+    """Widths of columns that fit a terminal and break no word of some; None where there is no room for that."""
+    columns = list(zip(*lines, strict=True))
+    wanted = [max(map(len, column)) for column in columns]
+    longest = [max(len(word) for cell in column for word in ["", *cell.split()]) for column in columns]
+    widths = [longest[at] if at in whole else min(_NARROWEST, wanted[at]) for at in range(len(columns))]
+    spare = room - sum(widths) - _GUTTER * len(widths) - 1
+    if spare < 0:
+        return None
+    for _ in range(spare):
+        worst = max(range(len(widths)), key=lambda at: wanted[at] - widths[at])
+        widths[worst] += widths[worst] < wanted[worst]
+    return widths
+
+
+def _paragraphs(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str]) -> None:
+    """A paragraph per row: its first cell, and the others below it, whose words the terminal itself may wrap."""
+    from rich.text import Text
+
+    if title:
+        _rich_print(Text(title, "bold"))
+    for row, style in zip(rows, styles or [""] * len(rows), strict=True):
+        _rich_print(Text(row[0], style or "bold"))
+        for header, cell in zip(headers[1:], row[1:], strict=True):
+            if cell:
+                _rich_print(Text.assemble((f"  {header}: ", "dim"), (cell, style)))
 
 
 def _rich_print(renderable: Any) -> None:

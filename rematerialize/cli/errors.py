@@ -21,8 +21,11 @@ class UsageError(Exception):
 
 
 @contextlib.contextmanager
-def one_line_errors(debug: bool) -> Iterator[None]:
-    """Print the one line that an error deserves and exit with its code; with ``debug``, let it pass."""
+def one_line_errors(debug: bool, as_json: bool = False) -> Iterator[None]:
+    """Print the one line that an error deserves and exit with its code; with ``debug``, let it pass.
+
+    Where nothing fits the budget, a program that reads stdout gets JSON besides; a terminal only with ``as_json``.
+    """
     try:
         yield
     except (typer.Exit, typer.Abort):
@@ -34,7 +37,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, BudgetError):
+        if isinstance(error, BudgetError) and (as_json or not sys.stdout.isatty()):
             print(json.dumps({"error": "budget", "message": str(error), "minimum_bytes": error.minimum_bytes}))
         raise typer.Exit(_explain(error)) from None
 

@@ -9,7 +9,7 @@ import typer
 
 from rematerialize.cli.errors import UsageError
 from rematerialize.errors import closest_file
-from rematerialize.units import parse_budget
+from rematerialize.units import parse_budget, parse_bytes
 
 TargetArgument = Annotated[
     str,
@@ -59,25 +59,46 @@ PrintedOption = Annotated[
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what -o names.")]
 
 
-def check_budgets(budget: str | None, activation_budget: str | None, *, required: bool = True) -> None:
-    """Refuse what can't be a budget before anything slow is imported."""
+def check_budgets(
+    budget: str | None, activation_budget: str | None, *, required: bool = True, otherwise: str = ""
+) -> None:
+    """Refuse what can't be a budget before anything slow is imported; ``otherwise`` is what could be given instead."""
     if budget is not None and activation_budget is not None:
         raise UsageError("expected one of --budget and --activation-budget, got both; give one of them")
     if required and budget is None and activation_budget is None:
-        raise UsageError("expected one of --budget and --activation-budget, got none; give one of them")
+        raise UsageError(f"expected one of --budget and --activation-budget, got none; give one of them{otherwise}")
     if budget is not None:
         parse_budget(budget, name="--budget", allow_auto=True)
     if activation_budget is not None:
         parse_budget(activation_budget, name="--activation-budget")
 
 
+def check_reserve(reserve: str | None) -> int:
+    """The bytes of ``--reserve``, read before anything slow is imported."""
+    return 0 if reserve is None else parse_bytes(reserve, name="--reserve")
+
+
+def check_besides(activation_budget: str | None, reserve: str | None, optimizer: str | None) -> None:
+    """Refuse a reserve that can't be read, and one, or an optimizer, where the budget leaves out what is resident."""
+    check_reserve(reserve)
+    if activation_budget is not None and (reserve is not None or optimizer is not None):
+        given = " and ".join(
+            name for name, value in (("--optimizer", optimizer), ("--reserve", reserve)) if value is not None
+        )
+        raise UsageError(
+            f"{given} belongs to --budget (all that a step holds), got --activation-budget (what the step allocates): "
+            f"give --budget, or leave {given} out"
+        )
+
+
 def check_plan_file(path: Path, command: str) -> None:
-    """Refuse a target, or a Python file, where a plan file is expected."""
+    """Refuse a target, a Python file or a path without a file where a plan file is expected."""
     if path.suffix == ".py" or (":" in path.name and not path.exists()):
         raise UsageError(
             f"{command} takes a plan file, got {path}: write one by `rematerialize plan TARGET --activation-budget 50% "
             "-o plan.json`"
         )
+    existing_file(path, "a plan file")
 
 
 def existing_file(path: Path, what: str) -> Path:

@@ -170,9 +170,10 @@ def _why(op: Op, decision: str, runs: int, size: int, stored: int, held: list[st
     if decision == "stored":
         return f"making it again would cost {price}"
     times = "once more" if runs == 2 else f"{runs - 1} times more"
-    freed = f"for {format_seconds(idle)} its {format_bytes(size)} are free" if size else "it holds nothing"
-    kept = f"; {format_bytes(stored)} of it is stored" if decision == "both" else ""
-    return f"runs {times} ({price} each time): {freed}{kept}"
+    freed = f"{format_bytes(size)} free for {format_seconds(idle)}" if size else "it holds nothing"
+    kept = f"; {format_bytes(stored)} of it stored" if decision == "both" else ""
+    each = price.rpartition(", ")[2]  # the column of extra time has the rest
+    return f"runs {times}, {each}: {freed}{kept}"
 
 
 def _price(time_s: float, size: int) -> str:

@@ -28,6 +28,8 @@ def html_report(
     *,
     budget_bytes: int | None = None,
     resident_bytes: int | None = None,
+    minimum_bytes: int | None = None,
+    stored: Timeline | None = None,
     frontier: Sequence[FrontierPoint] = (),
     chosen: int | None = None,
     title: str = "Memory plan of a training step",
@@ -43,6 +45,10 @@ def html_report(
         The line in the drawing; by default the schedule's budget.
     resident_bytes : int, optional
         What was in memory before the step, parameters and inputs among it: only to be mentioned.
+    minimum_bytes : int, optional
+        The smallest budget that works; by default the schedule's.
+    stored : Timeline, optional
+        The step that stores everything; by default the graph's own. Overheads are over its time.
     frontier : sequence of FrontierPoint
         Other plans of the same step, in any order.
     chosen : int, optional
@@ -67,7 +73,9 @@ def html_report(
     if chosen is not None and not 0 <= chosen < len(frontier):
         raise RematerializeError(f"chosen must be a position in the frontier of {len(frontier)} points, got {chosen!r}")
     budget = schedule.budget_bytes if budget_bytes is None else budget_bytes
-    plan, stored = of_schedule(graph, schedule), store_all(graph)
+    plan = of_schedule(graph, schedule)
+    stored = store_all(graph) if stored is None else stored
+    minimum = schedule.minimum_bytes if minimum_bytes is None else minimum_bytes
     area = frame((plan, stored), budget_bytes=budget)
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -75,7 +83,7 @@ def html_report(
         title=escape(title),
         claim=_claim(plan, stored),
         about=f'<p class="note">{escape(about)}</p>' if about else "",
-        figures=_figures(plan, stored, schedule, budget),
+        figures=_figures(plan, stored, schedule, budget, minimum),
         keys_note="Point at the step, or move through it with the arrow keys."
         if plan.executions
         else "The step is empty.",
@@ -118,7 +126,7 @@ def _claim(plan: Timeline, stored: Timeline) -> str:
     )
 
 
-def _figures(plan: Timeline, stored: Timeline, schedule: Schedule, budget_bytes: int) -> str:
+def _figures(plan: Timeline, stored: Timeline, schedule: Schedule, budget_bytes: int, minimum_bytes: int) -> str:
     by_key = {lane.key: lane for lane in lanes(plan)}
     again = by_key["recomputed"]
     share = format_percent(plan.peak_bytes / max(stored.peak_bytes, 1))
@@ -126,7 +134,7 @@ def _figures(plan: Timeline, stored: Timeline, schedule: Schedule, budget_bytes:
     gap = schedule.to_dict()["gap"]
     proven = "" if gap is None else f"at most {format_percent(gap)} above the least possible"
     rows = (
-        ("Budget", format_bytes(budget_bytes), f"smallest that works: {format_bytes(schedule.minimum_bytes)}"),
+        ("Budget", format_bytes(budget_bytes), f"smallest that works: {format_bytes(minimum_bytes)}"),
         ("Peak", format_bytes(plan.peak_bytes), f"{share} of store-all"),
         ("Store-all peak", format_bytes(stored.peak_bytes), "without recomputation"),
         ("Overhead", overhead, "more compute time"),

@@ -37,7 +37,7 @@ def page_data(plan: Timeline, stored: Timeline, area: Frame, budget_bytes: int) 
             "boundary": plan.boundary,
             "peak": plan.peak_position,
         },
-        "stored": _runs(stored, op_at),
+        "stored": {**_runs(stored, op_at), "pace": _pace(stored)},
     }
 
 
@@ -47,11 +47,18 @@ def embedded_json(data: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _runs(timeline: Timeline, op_at: dict[str, int]) -> dict[str, list[int]]:
+def _runs(timeline: Timeline, op_at: dict[str, int]) -> dict[str, Any]:
     return {
         "op": [op_at[run.op.name] for run in timeline.executions],
         "live": [run.live_bytes for run in timeline.executions],
     }
+
+
+def _pace(timeline: Timeline) -> float:
+    """What an op takes in a timeline for each second that it takes in the table of ops."""
+    listed_s = {op.name: op.time_s for op in timeline.graph.ops}
+    whole_s = sum(listed_s[run.op.name] for run in timeline.executions)
+    return timeline.time_s / whole_s if whole_s else 1.0
 
 
 def _ops(graph: TrainingGraph) -> dict[str, Any]:

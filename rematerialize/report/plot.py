@@ -112,12 +112,16 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     Raises
     ------
     RematerializeError
-        Another suffix.
+        Another suffix, or a path that can't be written.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise RematerializeError(f"can't draw {str(path)!r}: the suffix must be one of {', '.join(SUFFIXES)}")
-    Path(path).write_bytes(figure_bytes(figure, suffix[1:]))
+    content = figure_bytes(figure, suffix[1:])
+    try:
+        Path(path).write_bytes(content)
+    except OSError as error:
+        raise RematerializeError(f"can't write the figure {path}: {error.strerror}") from error
 
 
 def figure_bytes(figure: Figure, suffix: str) -> bytes:

@@ -6,7 +6,8 @@ The simulator's replay decides what is live; nothing here looks at a solver.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from rematerialize.ir import Op, TrainingGraph
 from rematerialize.schedule import Schedule
@@ -132,8 +133,38 @@ def of_schedule(graph: TrainingGraph, schedule: Schedule) -> Timeline:
     return replay(graph, schedule.forward, schedule.backward)
 
 
-def store_all(graph: TrainingGraph) -> Timeline:
-    """The timeline of the step that runs every op once, in the graph's order."""
+def store_all(graph: TrainingGraph, *, time_s: float | None = None, peak_bytes: int | None = None) -> Timeline:
+    """The timeline of the step that runs every op once, in the graph's order.
+
+    Parameters
+    ----------
+    graph : TrainingGraph
+    time_s, peak_bytes : optional
+        What the step that stores everything is known to take, where the graph is of another way to run it: one that
+        splits a recurrence over time, say. The timeline is drawn out to that time and that peak, so that a report has
+        one number for each.
+    """
     forward = [op.name for op in graph.ops if op.phase == "forward"]
     backward = [op.name for op in graph.ops if op.phase == "backward"]
-    return replay(graph, forward, backward)
+    found = replay(graph, forward, backward)
+    longer = time_s / found.time_s if time_s and found.time_s else 1.0
+    higher = Fraction(peak_bytes, found.peak_bytes) if peak_bytes and found.peak_bytes else Fraction(1)
+    if longer == higher == 1:
+        return found
+    drawn = (
+        replace(
+            run,
+            op=replace(run.op, time_s=run.op.time_s * longer),
+            start_s=run.start_s * longer,
+            live_bytes=round(run.live_bytes * higher),
+        )
+        for run in found.executions
+    )
+    sizes = {name: round(size * higher) for name, size in graph.storages.items()}
+    return replace(
+        found,
+        graph=graph if higher == 1 else replace(graph, storages=sizes),
+        executions=tuple(drawn),
+        peak_bytes=round(found.peak_bytes * higher),
+        time_s=found.time_s if longer == 1 else time_s or 0.0,
+    )

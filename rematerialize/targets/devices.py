@@ -47,8 +47,15 @@ def find_device(text: str | None) -> Device:
     if kind == "cuda" and (not colon or index.isdigit()):
         return Device(_cuda(text, int(index or 0)))
     known = ["cpu", "cuda", *DEVICES]
-    near = did_you_mean(text, known)
+    near = did_you_mean(text, known) or _named_in_part(text)
     raise TargetError(f"expected --device as one of {', '.join(known)}, got {text!r}{near}")
+
+
+def _named_in_part(text: str) -> str:
+    """``; did you mean ...?`` for the devices of the table whose names hold every word of a text: "h100"."""
+    words = text.casefold().split()
+    close = [name for name in DEVICES if words and all(word in name.casefold() for word in words)]
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _cuda(text: str, index: int) -> str:

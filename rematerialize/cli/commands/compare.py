@@ -66,7 +66,8 @@ def compare(
         console.data("comparison", {"target": target, "rounds": rounds, "cells": [asdict(cell) for cell in cells]})
         return
     rows = [_row(console, cell, cells[0]) for cell in cells]
-    console.table(f"One step of {target}", _HEADERS, rows, "<>>>><<")
+    styles = ["" if cell.status == "ok" else "red" for cell in cells]
+    console.table(f"One step of {target}", _HEADERS, rows, "<>>>><<", styles=styles)
 
 
 def _row(console: Console, cell: Cell, store_all: Cell) -> list[str]:

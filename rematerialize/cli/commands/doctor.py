@@ -23,10 +23,12 @@ def doctor(console: Console) -> None:
     checks += examine()
     broken = [check.name for check in checks if check.state == "broken"]
     if console.as_json:
-        rows = [{"name": check.name, "state": check.state, "found": check.found} for check in checks]
-        console.data("doctor", {"checks": rows, "fit": not broken})
+        found = [{"name": check.name, "state": check.state, "found": check.found} for check in checks]
+        console.data("doctor", {"checks": found, "fit": not broken})
     else:
-        console.table("", ["part", "state", "found"], [[c.name, c.state, c.found] for c in checks], "<<<")
+        rows = [[check.name, check.state, check.found] for check in checks]
+        styles = [{"broken": "red", "note": "yellow"}.get(check.state, "") for check in checks]
+        console.table("", ["part", "state", "found"], rows, "<<<", styles=styles)
     if broken:
         raise typer.Exit(1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,22 @@ from rematerialize.cli.options import DepthOption, check_plan_file
 from rematerialize.errors import did_you_mean
 from rematerialize.report.timeline import kernel_title
 from rematerialize.units import format_seconds
+
+if TYPE_CHECKING:
+    from rematerialize.report.explain import Explanation
+
+
+def _modules_of(explained: Explanation) -> set[str]:
+    """All modules by name: those that have ops, and those that these are in."""
+    parts = [row.module.split(".") for row in explained.ops if row.module]
+    return {".".join(names[:depth]) for names in parts for depth in range(1, len(names) + 1)}
+
+
+def _within(name: str, module: str | None) -> str:
+    """A module's name in a column; within the one that was asked for, what its own name has more."""
+    if module is None:
+        return name or "(model)"
+    return name.removeprefix(module).removeprefix(".") or "(itself)"
 
 
 @command
@@ -35,7 +51,7 @@ def explain(
     if module is not None:
         rows = tuple(row for row in rows if row.module == module or row.module.startswith(f"{module}."))
         if not rows:
-            names = sorted({row.module for row in explained.ops})
+            names = sorted(_modules_of(explained))
             raise UsageError(f"no module {module!r} in {plan_file}{did_you_mean(module, names)}")
     if console.as_json:
         console.data("explain", {**explained.to_dict(), "ops": [row.to_dict() for row in rows]})
@@ -47,12 +63,12 @@ def explain(
     if module is None:
         print()
     console.table(
-        "Forward ops",
+        f"Forward ops of {module}" if module else "Forward ops",
         ("op", "module", "line", "decision", "runs", "stored", "extra time", "why"),
         [
             (
                 kernel_title(row.target),
-                row.module or "(model)",
+                _within(row.module, module),
                 row.source,
                 row.decision,
                 str(row.runs),

@@ -13,7 +13,7 @@ import typer
 from rematerialize.cli.app import command
 from rematerialize.cli.console import Console
 from rematerialize.cli.errors import UsageError
-from rematerialize.cli.options import ForceOption, OutputOption, check_plan_file
+from rematerialize.cli.options import ForceOption, OutputOption, check_plan_file, existing_file
 
 if TYPE_CHECKING:
     from rematerialize.plans import Plan
@@ -26,7 +26,6 @@ _SUFFIXES = {
     "png": (".png",),
     "svg": (".svg",),
 }
-_BINARY = ("memory_viz", "png", "svg")
 
 
 @command
@@ -56,6 +55,8 @@ def export(
     """Turn a plan file into a page, or into a file for another tool; it goes to -o, or to stdout."""
     check_plan_file(plan_file, "export")
     wanted = _format(format_, output)
+    for path in others or ():
+        existing_file(path, "a plan file for --with")
     _check(console, wanted, plan_file, output, force=force, others=others)
     from rematerialize.plans import Plan
 
@@ -63,7 +64,9 @@ def export(
     compared = [_other(plan, path) for path in others or ()]
     content = _html(plan, plan_file.name, compared) if wanted == "html" else _WRITERS[wanted](plan)
     if output is None:
-        sys.stdout.write(content.decode())
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
         return
     output.write_bytes(content)
     console.progress(f"wrote {output}")
@@ -75,7 +78,7 @@ def _check(
     console: Console, wanted: str, plan_file: Path, output: Path | None, *, force: bool, others: list[Path] | None
 ) -> None:
     """Refuse what can't be meant, before anything is read."""
-    if output is None and (wanted in _BINARY or (wanted != "csv" and sys.stdout.isatty())):
+    if output is None and wanted != "csv" and sys.stdout.isatty():
         example = f"{plan_file.stem}{_SUFFIXES[wanted][0]}"
         raise UsageError(f"{wanted} is not for a terminal: say where to write it, for example -o {example}")
     if others and wanted != "html":
@@ -127,6 +130,8 @@ def _html(plan: Plan, name: str, others: Sequence[Plan]) -> bytes:
         plan.schedule,
         budget_bytes=plan.budget_bytes,
         resident_bytes=plan.resident_bytes,
+        minimum_bytes=plan.minimum_bytes,
+        stored=plan.stored_timeline(),
         frontier=points if others else (),
         chosen=own if others else None,
         title=f"Memory plan of a training step: {name}",  # a plan file knows no model's name
@@ -135,10 +140,10 @@ def _html(plan: Plan, name: str, others: Sequence[Plan]) -> bytes:
 
 def _perfetto(plan: Plan) -> bytes:
     from rematerialize.report.perfetto import chrome_trace
-    from rematerialize.report.timeline import of_schedule, store_all
+    from rematerialize.report.timeline import of_schedule
 
-    traced, stored = of_schedule(plan.graph, plan.schedule), store_all(plan.graph)
-    return f"{chrome_trace(traced, stored, budget_bytes=plan.budget_bytes)}\n".encode()
+    traced = of_schedule(plan.graph, plan.schedule)
+    return f"{chrome_trace(traced, plan.stored_timeline(), budget_bytes=plan.budget_bytes)}\n".encode()
 
 
 def _memory_viz(plan: Plan) -> bytes:

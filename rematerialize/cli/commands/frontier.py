@@ -16,9 +16,12 @@ from rematerialize.cli.options import (
     DtypeOption,
     ForceOption,
     MeasureOption,
+    OptimizerOption,
     OutputOption,
+    ReserveOption,
     SpecOption,
     TargetArgument,
+    check_reserve,
 )
 from rematerialize.cli.session import open_session, user_output
 from rematerialize.units import format_percent, format_seconds
@@ -38,6 +41,8 @@ def frontier(
     points: Annotated[int, typer.Option("--points", metavar="N", min=2, help="At most so many plans.")] = 12,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    optimizer: OptimizerOption = None,
+    reserve: ReserveOption = None,
     measure: MeasureOption = False,
     output: OutputOption = None,
     force: ForceOption = False,
@@ -45,6 +50,7 @@ def frontier(
 ) -> None:
     """Plan for falling budgets: the memory / overhead curve, as a table, a page (.html) or a figure (.png, .svg)."""
     console.check_output(output, force=force)
+    reserve_bytes = check_reserve(reserve)
     if output is not None and output.suffix.lower() not in _SUFFIXES:
         raise UsageError(f"expected -o to end in one of {', '.join(_SUFFIXES)}, got {output}")
     session = open_session(
@@ -54,25 +60,39 @@ def frontier(
     trials: tuple[Trial, ...] = ()
     with user_output():
         from rematerialize import api
+        from rematerialize.budget import optimizer_bytes
 
+        state_bytes = optimizer_bytes(optimizer, model)
+        if measure:
+            from rematerialize.trial import settle, try_plans
+
+            settle(model, example_inputs)
         plans = api.frontier(model, example_inputs, points=points, **session.options)
         if measure:
-            from rematerialize.trial import try_plans
-
             console.progress("running steps")
             _, trials = try_plans(model, example_inputs, plans)
+    besides_bytes = state_bytes + reserve_bytes
     if output is not None:
-        _write(console, output, target, plans)
-    headers, rows = _table(console, plans, trials)
+        _write(console, output, target, plans, besides_bytes)
+    headers, rows = _table(console, plans, trials, besides_bytes)
     if console.as_json:
         measured = [{"peak_bytes": t.peak_bytes, "step_s": t.step_s, "of_eager": t.ratio} for t in trials]
-        console.data("frontier", {"target": target, "points": [p.metrics() for p in plans], "measured": measured})
+        besides = {"optimizer_bytes": state_bytes, "reserve_bytes": reserve_bytes}
+        points_data = [plan.metrics() for plan in plans]
+        console.data("frontier", {"target": target, **besides, "points": points_data, "measured": measured})
         return
-    console.table(f"Memory and overhead of {target}, costs {session.costs}", headers, rows)
+    shown = _shown(plans) if output is not None and output.suffix.lower() == ".html" else None
+    styles = ["green" if at == shown else "" for at in range(len(rows))]
+    console.table(f"Memory and overhead of {target}, costs {session.costs}", headers, rows, styles=styles)
+
+
+def _shown(plans: tuple[Plan, ...]) -> int:
+    """Which plan a page is about."""
+    return len(plans) // 2
 
 
 def _table(
-    console: Console, plans: tuple[Plan, ...], trials: tuple[Trial, ...]
+    console: Console, plans: tuple[Plan, ...], trials: tuple[Trial, ...], besides_bytes: int
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     headers: tuple[str, ...] = (
         "activation peak",
@@ -86,7 +106,7 @@ def _table(
         (
             console.size(plan.peak_bytes),
             format_percent(plan.peak_bytes / max(plan.store_all_peak_bytes, 1)),
-            console.size(plan.peak_bytes + plan.resident_bytes),
+            console.size(plan.peak_bytes + plan.resident_bytes + besides_bytes),
             format_percent(plan.overhead),
             "-" if plan.gap is None else format_percent(plan.gap),
             str(plan.recomputed),
@@ -102,7 +122,7 @@ def _table(
     return headers, rows
 
 
-def _write(console: Console, output: Path, target: str, plans: tuple[Plan, ...]) -> None:
+def _write(console: Console, output: Path, target: str, plans: tuple[Plan, ...], besides_bytes: int) -> None:
     from rematerialize.report.figures import FrontierPoint
 
     points = [FrontierPoint(plan.budget_bytes, plan.peak_bytes, plan.overhead) for plan in plans]
@@ -110,7 +130,7 @@ def _write(console: Console, output: Path, target: str, plans: tuple[Plan, ...])
     if suffix == ".html":
         from rematerialize.report.html import html_report
 
-        chosen = len(plans) // 2
+        chosen = _shown(plans)
         plan = plans[chosen]
         why = {1: "the only one", 2: "the one that recomputes more"}.get(len(plans), "the one in the middle")
         which = f"plan {chosen + 1} of {len(plans)}, {why}"
@@ -119,7 +139,9 @@ def _write(console: Console, output: Path, target: str, plans: tuple[Plan, ...])
             plan.graph,
             plan.schedule,
             budget_bytes=plan.budget_bytes,
-            resident_bytes=plan.resident_bytes,
+            resident_bytes=plan.resident_bytes + besides_bytes,
+            minimum_bytes=plan.minimum_bytes,
+            stored=plan.stored_timeline(),
             frontier=points,
             chosen=chosen,
             title=f"Memory and overhead of {target}",

@@ -19,6 +19,7 @@ from rematerialize.cli.options import (
     ReserveOption,
     SpecOption,
     TargetArgument,
+    check_besides,
     check_budgets,
 )
 from rematerialize.cli.session import open_session, user_output
@@ -47,6 +48,7 @@ def max_batch(
 ) -> None:
     """Find the largest batch that fits the budget, without a plan and with one; exits with 3 if not even 1 fits."""
     check_budgets(budget, activation_budget)
+    check_besides(activation_budget, reserve, optimizer)
     session = open_session(console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache)
     with user_output():
         from rematerialize.batches import max_batch as find

@@ -23,6 +23,7 @@ from rematerialize.cli.options import (
     ReserveOption,
     SpecOption,
     TargetArgument,
+    check_besides,
     check_budgets,
 )
 from rematerialize.cli.session import Session, open_session, user_output
@@ -54,6 +55,7 @@ def plan(
 ) -> None:
     """Plan a step under a budget: its peak and overhead beside storing everything and recomputing whole blocks."""
     check_budgets(budget, activation_budget)
+    check_besides(activation_budget, reserve, optimizer)
     console.check_output(output, force=force)
     console.check_output(graph_file, force=force)
     session = open_session(console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache)
@@ -107,6 +109,7 @@ def _print(console: Console, session: Session, made: Plan, request: BudgetReques
             row("recompute whole blocks", full.peak_bytes, full.time_s),
             row("this plan", made.peak_bytes, made.schedule.time_s),
         ],
+        styles=["", "", "green"],
     )
     print()
     console.pairs(

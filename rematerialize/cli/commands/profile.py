@@ -19,6 +19,7 @@ from rematerialize.cli.options import (
     ReserveOption,
     SpecOption,
     TargetArgument,
+    check_reserve,
 )
 from rematerialize.cli.session import open_session, user_output
 from rematerialize.report.sparkline import sparkline
@@ -44,6 +45,7 @@ def profile(
     cost_cache: CostCacheOption = None,
 ) -> None:
     """Show where a step's memory goes: peak, at which op and line, over time, by tensor, by module."""
+    check_reserve(reserve)
     session = open_session(
         console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache, steps="--measure" if measure else ""
     )

@@ -12,8 +12,8 @@ import typer
 from rematerialize.cli.app import command
 from rematerialize.cli.console import Console
 from rematerialize.cli.errors import UsageError
-from rematerialize.cli.options import ForceOption, OutputOption
-from rematerialize.errors import GraphError
+from rematerialize.cli.options import ForceOption, OutputOption, existing_file
+from rematerialize.errors import GraphError, did_you_mean
 from rematerialize.units import format_percent, format_seconds, parse_budget
 
 if TYPE_CHECKING:
@@ -55,17 +55,18 @@ def solve(
     from rematerialize.ir import TrainingGraph
 
     if solver not in (known := ["auto", *solvers.solvers()]):
-        raise UsageError(f"unknown --solver {solver!r}; choose one of {', '.join(known)}")
-    text = graph_file.read_bytes()
+        near = did_you_mean(solver, known)
+        raise UsageError(f"unknown --solver {solver!r}: expected one of {', '.join(known)}{near}")
+    text = existing_file(graph_file, "a graph file").read_bytes()
     try:
         graph = TrainingGraph.from_json(text)
-    except GraphError:
+    except GraphError as error:
         if _is_plan(text):
             raise UsageError(
                 f"{graph_file} is a plan, and solve takes a graph: `rematerialize plan TARGET --activation-budget 50% "
                 "--graph graph.json` writes one"
             ) from None
-        raise
+        raise GraphError(f"{graph_file} can't be solved: {error}") from None
     planner = solvers.Planner(graph, solver=solver, time_limit_s=time_limit)
     store_all = planner.store_all()
     budget_bytes = wanted.resolve(store_all.peak_bytes)
@@ -73,6 +74,9 @@ def solve(
     start_s = time.perf_counter()
     found = planner.solve(budget_bytes)
     solve_s = time.perf_counter() - start_s
+    if output is None and console.as_json:
+        console.data("schedule", found.to_dict())
+        return
     if output is None:
         print(found.to_json())
         return

@@ -7,11 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from rematerialize.cli.app import command
-from rematerialize.cli.console import Console
+from rematerialize.cli.console import Console, on_terminal, terminal_width
 from rematerialize.errors import TargetError, did_you_mean
 from rematerialize.zoo import ENTRIES
 from rematerialize.zoo.figures import Figures, figures
 from rematerialize.zoo.spec import SCALES
+
+_WIDE = 130  # columns of a terminal that has room for groups and parameters beside what is copied
 
 
 @command
@@ -26,13 +28,20 @@ def zoo(
     if console.as_json:
         console.data("zoo", {"scale": scale, "models": [_entry(name, known[name][scale]) for name in ENTRIES]})
         return
+    brief = on_terminal() and terminal_width() < _WIDE
     rows = []
     for name, spec in ENTRIES.items():
         size = known[name][scale]
         about = spec.about + (f" (needs {spec.missing()})" if spec.missing() else "")
         group = f"{spec.group}, fake only" if spec.fake_only else spec.group
-        rows.append([f"zoo:{name}", group, f"{size.parameters:,}", about, size.inputs])
-    console.table("", ["target", "group", "parameters", "what it is", "default inputs"], rows, "<<><<")
+        more = [] if brief else [group, f"{size.parameters:,}"]
+        about += ", fake only" if brief and spec.fake_only else ""
+        rows.append([f"zoo:{name}", *more, about, size.inputs])
+    if brief:
+        console.table("", ["target", "what it is", "default inputs"], rows, "<<<", whole=(0, 2))
+        return
+    headers = ["target", "group", "parameters", "what it is", "default inputs"]
+    console.table("", headers, rows, "<<><<", whole=(0, 2, 4))
 
 
 def _entry(name: str, size: Figures) -> dict[str, Any]:

@@ -16,7 +16,8 @@
 
   const begins = (runs) => {
     const found = [0];
-    for (const op of runs.op) found.push(found[found.length - 1] + (data.timed ? ops.time[op] : 1));
+    const pace = runs.pace || 1;
+    for (const op of runs.op) found.push(found[found.length - 1] + (data.timed ? ops.time[op] * pace : 1));
     return found;
   };
   const planBegins = begins(plan);
