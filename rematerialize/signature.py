@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rematerialize import torch_private as private
-from rematerialize.capture import FlatInputs
+from rematerialize.capture import FlatInputs, Hole
 from rematerialize.python_code import PLAIN
 from rematerialize.python_state import PythonState, fingerprint, python_state
 
@@ -24,11 +24,24 @@ def signature(model: nn.Module, inputs: FlatInputs) -> tuple[Hashable, PythonSta
     tensors: list[Tensor] = list(inputs.tensors)
     modules = _modules(model)
     parts = [_part(module, module is model, numbers, tensors) for module in modules]
-    layouts = [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
-    constants = [fingerprint(leaf) for leaf in inputs.leaves]
+    layouts = [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.is_conj(), t.is_neg()) for t in tensors]
+    constants = [leaf if isinstance(leaf, Hole) else fingerprint(leaf) for leaf in inputs.leaves]
     own = vars(model).get("forward")
     state = python_state(modules, getattr(own, "own_forward", own))
-    return (inputs.spec, tuple(constants), tuple(layouts), tuple(parts), _modes()), state
+    return (inputs.spec, tuple(constants), tuple(layouts), _shared(tensors), tuple(parts), _modes()), state
+
+
+def _shared(tensors: list[Tensor]) -> Hashable:
+    """Which of the tensors share memory, and where in it they begin: a write into one of them is seen in the others."""
+    first: dict[int, int] = {}
+    found = []
+    for at, tensor in enumerate(tensors):
+        if tensor.layout is not torch.strided:
+            continue
+        other = first.setdefault(private.storage_key(tensor), at)
+        if other != at and tensors[other] is not tensor:
+            found.append((other, at, tensors[other].storage_offset(), tensor.storage_offset()))
+    return tuple(found)
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
@@ -53,6 +66,7 @@ def _part(module: nn.Module, outer: bool, numbers: dict[int, int], tensors: list
     """What a trace bakes in of one module: itself, its mode, plain attributes, ties, hooks of inner modules."""
     own = vars(module)
     members = [t for t in (*own["_parameters"].values(), *own["_buffers"].values()) if t is not None]
+    members += [value for value in own.values() if isinstance(value, Tensor) and value.grad_fn is None]
     tensors.extend(members)
     ties = tuple([numbers.setdefault(id(member), len(numbers)) for member in members])
     plain = tuple([(k, type(v), v) for k, v in own.items() if k not in _TORCH_OWN and type(v) in _PLAIN_TYPES])
@@ -64,4 +78,5 @@ def _modes() -> Hashable:
     autocast = [
         (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     ]
-    return (tuple(autocast), tuple(private.numeric_settings().values()), private.global_module_hooks())
+    cached = torch.is_autocast_cache_enabled() if autocast else None
+    return (tuple(autocast), cached, tuple(private.numeric_settings().values()), private.global_module_hooks())

@@ -29,6 +29,7 @@ from rematerialize.capture.generators import (
 from rematerialize.capture.kernel_layouts import kernel_dtype, kernel_result, kernel_strides
 from rematerialize.capture.known_values import KnownValues
 from rematerialize.capture.purity import FunctionCaches, Settled, holders_of, kept_whole, unchanged_python
+from rematerialize.capture.python_random import kept_python
 from rematerialize.capture.refusals import refuse_linearize, refuse_sparse_primals, refuse_unplannable
 from rematerialize.errors import CaptureError
 from rematerialize.python_state import PythonState, changed, python_state
@@ -254,7 +255,11 @@ def _traced(
 ) -> tuple[_Recorder, private.JointTrace]:
     recorder = _Recorder(model, forward, inputs, slots, splitting_recurrences(split_recurrences), poisoned)
     try:
-        with kept_whole(recorder.holders), private.linearized(refuse_linearize):
+        with (
+            kept_whole(recorder.holders),
+            kept_python(model, forward),
+            private.linearized(refuse_linearize),
+        ):
             rules = private.FakeRules(kernel_strides, kernel_dtype, kernel_result, KnownValues())
             joint = private.trace_joint(recorder, primals, rules, compiling=compiling)
             recorder.refuse_late_writes()
