@@ -315,11 +315,17 @@ def mentions(code: types.CodeType) -> Mentions:
     """Return what a function's code reads."""
     instructions = list(dis.get_instructions(code))
     names, called, searched = set(), set(), set(_searched(instructions))
+    aliases: dict[str, str] = {}
     for now, after in zip(instructions, [*instructions[1:], None], strict=True):
         if now.opname in _LOADS and not (after and after.opname in _LOADS and after.argval in _FILLS):
             names.add(now.argval)
             if now.opname == "LOAD_METHOD" or (now.opname in ("LOAD_GLOBAL", "LOAD_ATTR") and (now.arg or 0) & 1):
                 called.add(now.argval)
+            if after and after.opname == "STORE_FAST":  # config = self.config
+                aliases[after.argval] = now.argval
+        if after and after.opname == "LOAD_ATTR" and after.argval == "__dict__" and isinstance(now.argval, str):
+            searched.add(now.argval)
+    searched = {aliases.get(name, name) for name in searched}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = mentions(constant)
