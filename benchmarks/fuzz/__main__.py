@@ -33,6 +33,7 @@ TESTED = (  # all that decides what a wrapped module computes under a schedule; 
     "rematerialize/tangents.py",
     "rematerialize/plans.py",
     "rematerialize/prepare.py",
+    "rematerialize/python_code.py",
     "rematerialize/python_state.py",
     "rematerialize/runtime.py",
     "rematerialize/signature.py",
