@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -75,8 +79,11 @@ def bounded(recipe: Recipe) -> Outcome:
         return Outcome("failed", f"more than {MEMORY_BYTES:,} bytes of memory")
 
 
-def batch(first: int, deadline: float) -> Tally:
-    """Check the recipes of one Hypothesis run, until ``deadline`` (`time.time`)."""
+def batch(first: int, deadline: float, notes: Path | None = None) -> Tally:
+    """Check the recipes of one Hypothesis run, until ``deadline`` (`time.time`).
+
+    ``notes`` is a folder for the recipe that each process is at, should it die of it.
+    """
     tally = Tally(next_seed=first + 1)
     seen: set[Recipe] = set()
 
@@ -93,6 +100,8 @@ def batch(first: int, deadline: float) -> Tally:
         if recipe in seen or time.time() > deadline:
             return
         seen.add(recipe)
+        if notes is not None:
+            (notes / str(os.getpid())).write_text(repr(recipe), encoding="utf-8")
         start = time.perf_counter()
         outcome = bounded(recipe)
         tally.add(recipe, outcome, time.perf_counter() - start)
@@ -108,19 +117,38 @@ def fuzz(examples: int, limit_s: float, jobs: int, every: Callable[[Tally], None
     """Check recipes into a tally until it has at least so many valid ones, or the time is over.
 
     Batches are counted in the order of their seeds, so that a record can go on where it stopped.
+
+    Raises
+    ------
+    BrokenProcessPool
+        When a process dies (eager's kernels can crash): it names the recipes that were being checked.
     """
     deadline = time.time() + limit_s
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, initializer=quiet_start, max_tasks_per_child=4) as pool:
-        ahead = deque(pool.submit(batch, tally.next_seed + k, deadline) for k in range(AHEAD * jobs))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(jobs, spawn, initializer=quiet_start, max_tasks_per_child=4) as pool,
+    ):
+        notes = Path(folder)
+        ahead = deque(pool.submit(batch, tally.next_seed + k, deadline, notes) for k in range(AHEAD * jobs))
         while ahead and tally.examples < examples:
-            tally.take(ahead.popleft().result())
+            try:
+                tally.take(ahead.popleft().result())
+            except BrokenProcessPool as error:
+                error.add_note(f"checked when a process died, the last of each process: {_noted(notes)}")
+                raise
             if time.time() < deadline:
-                ahead.append(pool.submit(batch, tally.next_seed + AHEAD * jobs - 1, deadline))
+                ahead.append(pool.submit(batch, tally.next_seed + AHEAD * jobs - 1, deadline, notes))
             every(tally)
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
+
+
+def _noted(notes: Path) -> str:
+    """The recipes in a folder, the latest first: one process dies, and takes the others with it."""
+    files = sorted(notes.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
+    return "; ".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def quiet_start() -> None:
