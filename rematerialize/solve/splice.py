@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from rematerialize.solve.step import Plan, Step
@@ -49,10 +50,20 @@ class Splicer:
 
     def __init__(self, step: Step) -> None:
         self._step = step
-        self._made = [sum(1 << value for value in values) for values in step.outputs]
-        self._read = [sum(1 << value for value in values) for values in step.inputs]
-        self._always = sum(1 << value for value in step.held_outputs)  # in memory whatever reads it
         self._cuts: dict[Plan, _Cuts] = {}
+
+    @cached_property
+    def _always(self) -> int:
+        """In memory whatever reads it. These sets are as long as there are values: large steps never make any."""
+        return sum(1 << value for value in self._step.held_outputs)
+
+    @cached_property
+    def _made(self) -> list[int]:
+        return [sum(1 << value for value in values) for values in self._step.outputs]
+
+    @cached_property
+    def _read(self) -> list[int]:
+        return [sum(1 << value for value in values) for values in self._step.inputs]
 
     def splice(self, plans: Sequence[Plan], level: int) -> Plan | None:
         """Return the fastest plan within a level in bytes that is made of parts of these; None if there is none.
