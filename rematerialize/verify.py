@@ -134,7 +134,7 @@ def verify(
     prepared = prepare_example(target.model, target.inputs, cost_cache=cost_cache)
     if isinstance(plan, BudgetRequest):
         plan = choose(target.model, prepared, plan)
-    splits = matching_variant(prepared, plan.graph) is not prepared
+    splits = matching_variant(prepared, plan.graph) is prepared.finer  # masks drawn as bytes change no value
     eager = Stepper(target.model, target.inputs, target.loss_of)
     forward = planned_forward(target.model, replace(plan, prepared=prepared), target.inputs)
     ours = replace(eager, call=forward)

@@ -16,6 +16,7 @@ from torch import nn
 import rematerialize.verify
 from rematerialize.budget import read_budget
 from rematerialize.plans import Plan
+from rematerialize.prepare import prepare_example
 from rematerialize.targets.load import load
 from rematerialize.trial import planned_forward
 from tests.cli import call
@@ -185,6 +186,23 @@ def test_differences_of_rounding_are_a_mismatch_unless_they_are_asked_for(
     assert "that is rounding: --up-to-rounding accepts it" in said
     said = call(capfd, "verify", "verified_net:make", *BUDGET, "--up-to-rounding").stdout
     assert "2e-06 allowed, of the largest magnitude" in said
+
+
+@pytest.mark.parametrize("masks_as_bytes", [False, True])
+def test_no_way_to_run_a_step_but_a_split_recurrence_is_excused(
+    masks_as_bytes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = load("verified_net:make")
+    prepared = prepare_example(target.model, target.inputs)
+    variant = prepared.masked if masks_as_bytes else prepared
+    assert variant is not None
+    schedule = variant.planner.store_all()
+    peak = schedule.peak_bytes
+    plan = Plan(variant.graph, schedule, peak, peak, schedule.time_s, peak, prepared.resident_bytes)
+    assert rematerialize.verify.verify(target, plan).passed
+    monkeypatch.setattr(rematerialize.verify, "planned_forward", spoiled_by("rounding"))
+    found = {one.what: one.verdict for one in rematerialize.verify.verify(target, plan).findings}
+    assert found["gradients"] == "DIFFERENT"
 
 
 def test_a_recurrence_that_runs_split_is_equal_up_to_rounding_and_says_so(capfd: pytest.CaptureFixture[str]) -> None:
