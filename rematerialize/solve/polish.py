@@ -262,6 +262,7 @@ class Polisher:
             plans = self._spliced(plans, within, 0 if turn == 0 else len(plans) - 1)
         plans = self._spliced(self._patiently(plans, within), within)
         self._front = [*fronts([*self._front, *plans])]
+        self._tried, self._splicer = {}, Splicer(self._flat.step)  # together they are some megabytes
         return plans
 
     def _spliced(self, plans: Sequence[Point], levels: Sequence[int], first: int = 0) -> list[Point]:
@@ -468,9 +469,9 @@ def by_peak(point: Point) -> tuple[int, float, int]:
     return point.peak_bytes, point.time_s, point.length
 
 
-def by_time(point: Point) -> tuple[float, int, tuple[int, ...]]:
+def by_time(point: Point) -> tuple[float, int, tuple[int, ...], int]:
     """Sort key: fast plans first, and no two different ones alike: threads end in any order."""
-    return point.time_s, point.peak_bytes, point.plan.order
+    return point.time_s, point.peak_bytes, point.plan.order, point.plan.split
 
 
 def starts(points: Iterable[Point], level: int) -> list[Point]:
