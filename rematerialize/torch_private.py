@@ -804,18 +804,22 @@ def saving_hooks_around() -> bool:
 
 @contextlib.contextmanager
 def linearized(found: Callable[[], None]) -> Iterator[None]:
-    """Call ``found`` where ``torch.func.linearize`` starts to trace: within a trace that breaks autograd for good."""
-    disallow = eager_transforms.lazy_dynamo_disallow
+    """Call ``found`` where this thread's ``torch.func.linearize`` starts to trace: within a trace that breaks autograd
+    for good.
+    """
+    with _TRACE_LOCK:
+        disallow, thread = eager_transforms.lazy_dynamo_disallow, threading.get_ident()
 
-    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
-        found()
-        return disallow(function)
+        def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+            if threading.get_ident() == thread:
+                found()
+            return disallow(function)
 
-    eager_transforms.lazy_dynamo_disallow = noted  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        eager_transforms.lazy_dynamo_disallow = disallow
+        eager_transforms.lazy_dynamo_disallow = noted  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            eager_transforms.lazy_dynamo_disallow = disallow
 
 
 SET_DATA = vars(torch._C.TensorBase)["data"].__set__
