@@ -32,7 +32,7 @@ def quick_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _little_effort(ops: int, effort_for: Callable[[int], polish.Effort] = polish.effort_for) -> polish.Effort:
     usual = effort_for(ops)
     moves = {name: getattr(usual, name) // 10 for name in ("first", "second", "squeeze", "patient", "halfway")}
-    return replace(usual, **moves, exchanges=1, deepest=0, lanes=0, rounds=1)
+    return replace(usual, **moves, exchanges=1, deepest=0, lanes=0, rounds=0, spliced=0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,8 +24,8 @@ SMALL = {
     "gpt": lambda: graphs.gpt(1),
     "unet": lambda: graphs.unet(2),
     "resnet": lambda: graphs.resnet((1, 1)),
-    "densenet": lambda: graphs.densenet((3, 3)),
-    "lstm": lambda: graphs.lstm(8),
+    "densenet": lambda: graphs.densenet((2, 3)),
+    "lstm": lambda: graphs.lstm(6),
     "towers": lambda: graphs.towers(3, 4),
     "chain": lambda: graphs.chain(12),
     "uneven": lambda: graphs.chain(10, uneven=True),
@@ -141,13 +141,14 @@ def relabel(graph: TrainingGraph) -> TrainingGraph:
 
 
 def test_names_do_not_matter() -> None:
-    graph = SMALL["unet"]()
+    graph = SMALL["gpt"]()
     plain, other = Planner(graph), Planner(relabel(graph))
     for budget in budgets(plain.minimum(), plain.store_all().peak_bytes):
         a, b = plain.solve(budget), other.solve(budget)
         assert (a.peak_bytes, a.time_s, len(a.backward)) == (b.peak_bytes, b.time_s, len(b.backward))
 
 
+@pytest.mark.slow  # test_determinism compares processes at every run
 def test_plans_do_not_depend_on_the_hash_seed() -> None:
     code = (
         "from benchmarks.solver import graphs; from rematerialize.solve import Planner;"
@@ -182,12 +183,13 @@ def per_block(graph: TrainingGraph, block: int) -> tuple[int, float]:
     return result.peak_bytes, result.time_s
 
 
-@pytest.mark.parametrize("block", [2, 3, 5, 7])
-def test_never_slower_than_hand_placed_blocks_at_their_peak(block: int) -> None:
+def test_never_slower_than_hand_placed_blocks_at_their_peak() -> None:
     graph = graphs.chain(30)
-    peak, time_s = per_block(graph, block)
-    assert peak < store_all(graph).peak_bytes
-    assert solve(graph, peak).time_s <= time_s
+    planner = Planner(graph)
+    for block in (2, 3, 5, 7):
+        peak, time_s = per_block(graph, block)
+        assert peak < store_all(graph).peak_bytes
+        assert planner.solve(peak).time_s <= time_s
 
 
 def brute_force(graph: TrainingGraph, budget: int, most: int) -> float:
