@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rematerialize as remat
-from tests.twins import assert_same_step, at_minimum, step_of, store_all, twins
+from tests.twins import assert_same_step, at_minimum, same, same_gradients, step_of, store_all, twins
 
 pytestmark = pytest.mark.usefixtures("quick_plans")
 
@@ -346,14 +346,12 @@ def test_autocasts_cache_is_part_of_the_signature() -> None:
     eager, ours = twins(ThreeInputs)
     store_all(ours)
     for enabled in (True, False, True):
-        steps = []
         for model in (eager, ours):
+            model.zero_grad()
             with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=enabled):
                 y = model(batch(), batch(1), batch(2))
             y.float().square().sum().backward()
-            steps.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-            model.zero_grad()
-        assert all(map(torch.equal, *steps))
+        assert same_gradients(eager, ours)
 
 
 # Gradients of inputs and of features.
@@ -371,14 +369,13 @@ def test_an_input_that_the_forward_asks_a_gradient_for_gets_it() -> None:
     eager, ours = twins(AsksForAGradient)
     store_all(ours)
     for turn in range(3):
-        gradients = []
-        for model in (eager, ours):
-            x = batch(turn)
+        inputs = batch(turn), batch(turn)
+        for model, x in zip((eager, ours), inputs, strict=True):
+            model.zero_grad()
             model(x).square().sum().backward()
             assert x.grad is not None
-            gradients.append([x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-            model.zero_grad()
-        assert all(map(torch.equal, *gradients))
+        assert same(*(x.grad for x in inputs))
+        assert same_gradients(eager, ours)
     assert len(remat.plans_of(ours)) == 1
 
 

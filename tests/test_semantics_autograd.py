@@ -24,6 +24,7 @@ from tests.twins import (
     gradients_of,
     plans_of,
     same,
+    same_gradients,
     step_of,
     store_all,
     total,
@@ -49,11 +50,6 @@ class Net(nn.Module):
 
 def batch(rows: int = 8, width: int = 16) -> Tensor:
     return torch.linspace(-2, 2, rows * width).reshape(rows, width).sin()
-
-
-def same_gradients(eager: nn.Module, ours: nn.Module) -> bool:
-    left, right = gradients_of(eager), gradients_of(ours)
-    return left.keys() == right.keys() and all(same(left[name], right[name]) for name in left)
 
 
 # Outputs that the loss leaves out.

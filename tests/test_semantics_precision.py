@@ -19,9 +19,9 @@ from tests.twins import (
     assert_same_step,
     at_minimum,
     check_steps,
-    gradients_of,
     plans_of,
     same,
+    same_gradients,
     step_of,
     store_all,
     total,
@@ -43,11 +43,6 @@ class Net(nn.Module):
 
 def batch(rows: int = 8) -> Tensor:
     return torch.linspace(-2, 2, rows * 16).reshape(rows, 16).sin()
-
-
-def same_gradients(eager: nn.Module, ours: nn.Module) -> bool:
-    left, right = gradients_of(eager), gradients_of(ours)
-    return all(same(left[name], right[name]) for name in left)
 
 
 @pytest.fixture

@@ -106,6 +106,11 @@ def same(left: Tensor | None, right: Tensor | None) -> bool:
     return left.dtype == right.dtype and left.stride() == right.stride() and torch.equal(left, right)
 
 
+def same_gradients(left: nn.Module, right: nn.Module) -> bool:
+    ours, theirs = gradients_of(left), gradients_of(right)
+    return ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in ours)
+
+
 def differences(eager: Step, ours: Step) -> Iterator[str]:
     if len(eager.outputs) != len(ours.outputs):
         yield f"{len(ours.outputs)} outputs, eager {len(eager.outputs)}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from rematerialize.capture.kernel_layouts import DRAWS
 from rematerialize.capture.refusals import refuse_before, refuse_other_layouts
 from rematerialize.errors import CaptureError
 
@@ -49,8 +50,8 @@ class splitting_recurrences(TorchFunctionMode):
             if self.split:
                 return _lstm_in_chunks(*args)
         if func is Tensor.random_:
-            args, kwargs = from_zero(args, kwargs or {})
-        draw = _DRAWS.get(func) if kwargs and kwargs.get("generator") is not None else None
+            args, kwargs = _from_zero(args, kwargs or {})
+        draw = DRAWS.get(func) if kwargs and kwargs.get("generator") is not None else None
         if draw is not None:  # torch's own trace of the one in place takes no generator
             return args[0].copy_(draw(*args, **(kwargs or {})))
         result = func(*args, **(kwargs or {}))
@@ -58,15 +59,7 @@ class splitting_recurrences(TorchFunctionMode):
         return result
 
 
-_DRAWS: Mapping[Any, Any] = {
-    Tensor.exponential_: torch.ops.aten.exponential.default,
-    Tensor.log_normal_: torch.ops.aten.log_normal.default,
-    Tensor.cauchy_: torch.ops.aten.cauchy.default,
-    Tensor.geometric_: torch.ops.aten.geometric.default,
-}
-
-
-def from_zero(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+def _from_zero(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """``random_(0, n)`` as ``random_(n)``, which draws alike: torch can't write the code of a trace with the former,
     whose overload has the name of a keyword of Python.
     """

@@ -52,8 +52,15 @@ def kernel_dtype(op: Any, args: Sequence[Any], index: int, result: Tensor) -> to
     return given[0] if given and given[0] != result.dtype else None
 
 
-# Draws whose fake kernels take no generator.
-_DRAWS = frozenset({aten.exponential.default, aten.log_normal.default, aten.cauchy.default, aten.geometric.default})
+# Draws in place that torch can't trace with a generator, and those that can be run instead: their fake kernels take
+# none either, but that of the result is known.
+DRAWS: Mapping[Any, Any] = {
+    Tensor.exponential_: aten.exponential.default,
+    Tensor.log_normal_: aten.log_normal.default,
+    Tensor.cauchy_: aten.cauchy.default,
+    Tensor.geometric_: aten.geometric.default,
+}
+_DRAWS = frozenset(DRAWS.values())
 # Where the weights of a norm begin among its arguments; its statistics are results 1 and 2.
 _WEIGHTS = {
     aten.native_group_norm.default: 1,

@@ -7,7 +7,6 @@ left on an attribute, and values that the next call reads would silently be miss
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
 import random
@@ -23,11 +22,11 @@ from torch import Tensor, nn
 
 from rematerialize import torch_private as private
 from rematerialize.errors import CaptureError
+from rematerialize.python_code import RECORDS, own
 
 _LIBRARIES = ("torch", "sympy", "numpy", "rematerialize")
 _PLAIN = (int, float, bool, str, complex)
 _CONTAINERS = (list, dict, set, deque)
-_RECORDS = (types.SimpleNamespace, argparse.Namespace)  # of the standard library, and yet a user's
 _TABLES = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()
 _DEPTH = 4  # of containers and records within those of a module
@@ -303,8 +302,7 @@ def _is_record(value: Any) -> bool:
     """Whether a value is an object of a user's class, or of one that stands for such."""
     if isinstance(value, type | types.ModuleType | types.FunctionType) or not hasattr(value, "__dict__"):
         return False
-    root = (type(value).__module__ or "").partition(".")[0]
-    return isinstance(value, _RECORDS) or not (root in _LIBRARIES or root in sys.stdlib_module_names)
+    return isinstance(value, RECORDS) or not own(type(value).__module__)
 
 
 def _settles(before: Any) -> bool:

@@ -107,12 +107,15 @@ class CapturedStep:
 
     def primal_names(self) -> list[str]:
         """What people call the primals: qualified names, then "input 0" and so on."""
-        inputs = len(self.joint.primals) - len(self.slots)
-        return [slot.name for slot in self.slots] + [f"input {i}" for i in range(inputs)]
+        return _primal_names(self.slots, len(self.joint.primals) - len(self.slots))
 
     def pack_outputs(self, tensors: Sequence[Tensor]) -> Any:
         leaves = [tensors[leaf.index] if isinstance(leaf, Hole) else leaf for leaf in self.output_leaves]
         return private.tree_unflatten(leaves, self.output_spec)
+
+
+def _primal_names(slots: Sequence[TensorSlot], inputs: int) -> list[str]:
+    return [slot.name for slot in slots] + [f"input {i}" for i in range(inputs)]
 
 
 def flatten_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> FlatInputs:
@@ -352,8 +355,7 @@ class _Recorder:
 
     def refuse_late_writes(self) -> None:
         """Refuse what a backward wrote: a recorded backward returns gradients, and nothing else."""
-        names = [slot.name for slot in self.slots] + [f"input {i}" for i in range(len(self.inputs.tensors))]
-        pairs = zip(names, self.versions, strict=True)
+        pairs = zip(_primal_names(self.slots, len(self.inputs.tensors)), self.versions, strict=True)
         written = [name for name, (tensor, version) in pairs if tensor._version != version]
         if written:
             raise CaptureError(
