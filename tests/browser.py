@@ -42,11 +42,20 @@ class Browser:
         options = {"args": [*_FLAGS, f"--user-data-dir={folder}", "about:blank"], "binary": CHROMIUM}
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
         self._session = ""
+        self._visits = 0
         answer = self._send("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
         self._session = f"/session/{answer['sessionId']}"
 
     def open(self, page: Path) -> None:
-        self._send("POST", "/url", {"url": page.resolve().as_uri()})
+        """Load a page. On a busy machine the driver answers while the page before is still shown: wait for this one."""
+        self._visits += 1
+        wanted = f"{page.resolve().as_uri()}?{self._visits}"  # so that a page that is opened again is told apart, too
+        self._send("POST", "/url", {"url": wanted})
+        deadline = time.monotonic() + 60
+        while self.run("return [location.href, document.readyState]") != [wanted, "complete"]:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{wanted} isn't shown after 60 s")
+            time.sleep(0.02)
 
     def emulate(self, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Show pages in a viewport of a size, and in the light or the dark scheme."""
@@ -78,7 +87,8 @@ class Browser:
         """The addresses that opened pages, not the browser's own, asked for since the last call."""
         events = [json.loads(entry["message"])["message"] for entry in self._send("POST", "/se/log", _PERFORMANCE)]
         sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        return [one["request"]["url"] for one in sent if one["documentURL"].startswith("file:")]
+        pages = [one["request"]["url"] for one in sent if one["documentURL"].startswith("file:")]
+        return [address.partition("?")[0] for address in pages]
 
     def picture(self, path: Path, *, whole: bool = True) -> None:
         """Save the page, or what the viewport shows of it, as a PNG."""
