@@ -157,8 +157,8 @@ class _Emitter:
             target, args = aten._native_batch_norm_legit.no_stats, (*args[:3], *args[5:])
         result = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
         self._note(node, result)
-        if form is not None and form.swap:
-            result.meta["swapped"] = True
+        if form is not None:
+            result.meta["allocating"] = (node.target, form)
         if not isinstance(node.meta["val"], Tensor):
             # Items are taken at once, so that the tuple doesn't keep all of them alive.
             for user in node.users:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import tensors_of
+from rematerialize.capture.inplace import call_allocating
 from rematerialize.capture.kernel_layouts import faking
 from rematerialize.capture.normalize import TEMPLATE_FACTORIES
 
@@ -103,6 +104,7 @@ def _derived(
                     zeros = graph.call_function(zeros_as, _layout(source.meta["val"]))
                     zeros.meta["val"] = source.meta["val"]
                 node.replace_input_with(source, zeros)
+        _take_as_view(graph, node, moved)
         if gone or not moved.keys().isdisjoint(node.all_input_nodes):
             traced = node.meta["val"]
             if _follow(graph, node, moved):
@@ -151,32 +153,60 @@ def _without_term(graph: fx.Graph, node: fx.Node, missing: set[fx.Node], follow_
             return False
     in_place = term is first and node.target is aten.add_.Tensor
     node.target, node.args = aten.alias.default, (term,)  # the sum itself writes no more
-    if not in_place and _written(node):
-        node.target = copied
-    node.meta.pop("swapped", None)
+    node.meta.pop("allocating", None)
+    if not in_place:
+        _keep_apart(node)
     return True
 
 
-def _written(node: fx.Node) -> bool:
-    """Whether something may write into the storage of a node later, through any view of it.
+def _keep_apart(node: fx.Node) -> None:
+    """Make a view that stands for a result of its own a copy, where something writes into its storage later on.
+
+    Of one number for all elements, an expanded one, a copy would have another layout: what would write over it
+    allocates instead, as eager does.
+    """
+    writers = _later_writers(node)
+    if not writers:
+        return
+    if _expanded(node.all_input_nodes[0].meta["val"]) and all("allocating" in writer.meta for writer in writers):
+        for writer in writers:
+            _allocate(writer)
+    else:
+        node.args = (_as_value(node),)
+        node.target = copied
+
+
+def _as_value(node: fx.Node) -> fx.Node:
+    """What a copy copies: of an alias its source, of a view the view."""
+    if node.target is aten.alias.default:
+        return node.all_input_nodes[0]
+    with node.graph.inserting_before(node):
+        view = node.graph.call_function(node.target, node.args)  # type: ignore[arg-type]
+    view.meta["val"] = node.meta["val"]
+    return view
+
+
+def _later_writers(node: fx.Node) -> list[fx.Node]:
+    """What may write into the storage of a node after it, through any view of it.
 
     What is returned counts: autograd takes a gradient for its own, and adds the next step's to it in place.
     """
-    while _views(node):
-        node = node.all_input_nodes[0]
-    seen, waiting = {node}, [node]
+    base = node
+    while _views(base):
+        base = base.all_input_nodes[0]
+    seen, waiting = {base}, [base]
+    found = []
     while waiting:
         value = waiting.pop()
         for user in value.users:
             schema = getattr(user.target, "_schema", None)
-            if user.op == "output" or (schema is None and user.target is not private.getitem):
-                return True
-            if schema is not None and schema.is_mutable:
-                return True
+            unknown = user.op == "output" or (schema is None and user.target is not private.getitem)
+            if user > node and (unknown or (schema is not None and schema.is_mutable)):
+                found.append(user)
             if _views(user) and user not in seen:
                 seen.add(user)
                 waiting.append(user)
-    return False
+    return found
 
 
 def _views(node: fx.Node) -> bool:
@@ -202,8 +232,8 @@ def _follow(graph: fx.Graph, node: fx.Node, moved: Mapping[fx.Node, Any]) -> boo
                 again.meta["val"] = moved[source]
                 node.replace_input_with(source, again)
         return False
-    if "swapped" in node.meta:
-        _swap_back(node)
+    if "allocating" in node.meta and _written_otherwise(node):
+        _allocate(node)
     try:
         value = _fake_result(node)
     except (RuntimeError, ValueError):
@@ -218,21 +248,57 @@ def _follow(graph: fx.Graph, node: fx.Node, moved: Mapping[fx.Node, Any]) -> boo
     return [_layout(made) for _, made in tensors_of(value)] != before
 
 
-def _swap_back(node: fx.Node) -> None:
-    """Let a sum or product in place again be laid out as its first operand, which it was written over the second of."""
-    over, first = node.args
-    if not (isinstance(over, fx.Node) and isinstance(first, fx.Node)):
+def _take_as_view(graph: fx.Graph, node: fx.Node, moved: dict[fx.Node, Any]) -> None:
+    """Let a reshape that had to copy in the trace be a view, where the layout that its input has now allows one."""
+    copy = node.args[0] if node.target is aten._unsafe_view.default else None
+    if not isinstance(copy, fx.Node) or copy.target is not aten.clone.default or len(copy.users) > 1:
         return
-    left, right = over.meta["val"], first.meta["val"]
-    if left.shape != right.shape or left.stride() == right.stride():
+    source = copy.args[0]
+    if not isinstance(source, fx.Node) or source not in moved or copy.kwargs != _CONTIGUOUS:
         return
-    node.args = (first, over)
-    if first.target is not copied or len(first.users) > 1:  # a copy that nothing else reads may be written over
-        node.target = _ALLOCATING[node.target]
-    del node.meta["swapped"]
+    traced, shape = node.meta["val"], node.args[1]
+    node.target, node.args = aten.view.default, (source, shape)
+    try:
+        node.meta["val"] = _fake_result(node)
+    except (RuntimeError, ValueError):
+        node.target, node.args = aten._unsafe_view.default, (copy, shape)
+        return
+    _keep_apart(node)
+    if _layout(node.meta["val"]) != _layout(traced):
+        moved[node] = traced
 
 
-_ALLOCATING: dict[Any, Any] = {aten.add_.Tensor: aten.add.Tensor, aten.mul_.Tensor: aten.mul.Tensor}
+_CONTIGUOUS = {"memory_format": torch.contiguous_format}
+
+
+def _written_otherwise(node: fx.Node) -> bool:
+    """Whether an op that writes over an operand would lay out a result of its own in another way than that operand."""
+    target, form = node.meta["allocating"]
+    args, kwargs = call_allocating(form, node.args, dict(node.kwargs))
+    over = args[form.position]
+    if not isinstance(over, fx.Node):
+        return False
+    try:
+        return _layout(_fake_call(target, args, kwargs)) != _layout(over.meta["val"])
+    except (RuntimeError, ValueError):
+        return False
+
+
+def _allocate(node: fx.Node) -> None:
+    """Let an op that was written over an operand have a result of its own again.
+
+    If it was written over the second of two, a copy of the first that nothing else reads is written over instead.
+    """
+    target, form = node.meta.pop("allocating")
+    node.args, node.kwargs = call_allocating(form, node.args, dict(node.kwargs))
+    first = node.args[0]
+    over_copy = form.swap and isinstance(first, fx.Node) and first.target is copied and len(first.users) == 1
+    node.target = form.target if over_copy else target
+
+
+def _expanded(value: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+
 
 # Autograd's formulas hand these a contiguous gradient (torch's derivatives.yaml); every other kernel gets what comes.
 _TRACED_LAYOUT = frozenset(
@@ -251,18 +317,23 @@ def _takes_any_layout(node: fx.Node) -> bool:
 
 
 def _fake_result(node: fx.Node) -> Any:
+    return _fake_call(node.target, node.args, node.kwargs)
+
+
+def _fake_call(target: Any, args: Any, kwargs: Any) -> Any:
+    given: list[Any] = []
+
     def fake(source: fx.Node) -> Any:
+        given.extend(value for _, value in tensors_of(source.meta["val"]))
         return source.meta["val"]
 
-    args = fx.node.map_arg(node.args, fake)
-    kwargs = fx.node.map_arg(node.kwargs, fake)
-    given = [value for source in node.all_input_nodes for _, value in tensors_of(source.meta["val"])]
+    args, kwargs = fx.node.map_arg(args, fake), fx.node.map_arg(kwargs, fake)
     mode = next((getattr(value, "fake_mode", None) for value in given), None)
-    if mode is None or not callable(node.target):
+    if mode is None or not callable(target):
         raise _Unfollowed
     try:
         with faking(mode), torch.no_grad():
-            return node.target(*args, **kwargs)
+            return target(*args, **kwargs)
     except (TypeError, NotImplementedError):
         raise _Unfollowed from None
 
@@ -278,7 +349,7 @@ def zeros_as(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
 
 def copied(value: Tensor) -> Tensor:
     """A copy with the same strides, gaps between rows included, which ``clone`` closes."""
-    if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
+    if _expanded(value):
         return value.clone()
     return laid_as(value, value.stride())
 

@@ -164,6 +164,33 @@ def test_a_part_may_be_wrapped_alone_and_more_than_one() -> None:
 # Partial and repeated backwards.
 
 
+class Turned(nn.Module):
+    """Two outputs whose gradients meet, in two layouts, in front of a reshape of a transposed value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.linear(x.transpose(0, 1).contiguous()).transpose(0, 1)
+        scaled = y * self.scale
+        return scaled[..., 1:].norm() + y.mean() + scaled.mean(), scaled
+
+
+@pytest.mark.parametrize(
+    "loss_of", [Tensor.sum, lambda y: total(y.permute(2, 1, 0).contiguous())], ids=["expanded", "transposed"]
+)
+def test_a_gradient_in_another_layout_goes_on_alone_where_the_other_output_has_none(
+    loss_of: Callable[[Tensor], Tensor],
+) -> None:
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(SEED))
+    eager, ours = both(Turned, x)
+    for model in (eager, ours):
+        step_of(model, x, loss_of=lambda out: loss_of(out[1]))
+    assert all(same(a, b) for a, b in zip(*map(gradients, (eager, ours)), strict=True))
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_an_output_without_a_gradient_takes_part_with_zeros(used: int) -> None:
     eager, ours = both(TwoHeads, batch())

@@ -107,3 +107,10 @@ def call_in_place(form: InPlaceForm, args: tuple[Any, ...], kwargs: dict[str, An
     if form.swap:
         return form.target, (args[1], args[0]), kwargs
     return form.target, args, kwargs
+
+
+def call_allocating(form: InPlaceForm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The (args, kwargs) of the allocating call that computes what the form does with the given ones."""
+    if form.out:
+        return args, {name: value for name, value in kwargs.items() if name != form.out}
+    return ((args[1], args[0]) if form.swap else args), kwargs
