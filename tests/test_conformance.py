@@ -147,6 +147,37 @@ def test_the_gradient_of_a_product_is_eagers_with_and_without_zeros(zeros: int, 
     )
 
 
+def written_view(a: Tensor) -> Tensor:
+    y = a * 2
+    y.view(2, 8).add_(a.view(2, 8))
+    return y
+
+
+def written_turned(a: Tensor) -> Tensor:
+    y = (a * 2).t()
+    y.add_(a)
+    return y.t()
+
+
+def product_of_written(a: Tensor) -> Tensor:
+    y = torch.bmm(a[None], a[None])[0]
+    return y.add_(a)
+
+
+@pytest.mark.parametrize("dim", [None, 0, -1])
+@pytest.mark.parametrize(
+    "change", [Tensor.t, written_view, written_turned, product_of_written, lambda a: (a * 2)[1:], lambda a: a.view(2, 8)]
+)
+def test_the_gradient_of_a_product_is_eagers_for_views_and_what_was_written_to(
+    change: Callable[[Tensor], Tensor], dim: int | None
+) -> None:
+    def loss(a: Tensor, x: Tensor) -> Tensor:
+        y = change(a)
+        return (y.prod() if dim is None else y.prod(dim)).sum() * x
+
+    check_steps(lambda: Of(loss, torch.linspace(0.3, 1.7, 16).view(4, 4)), torch.rand(4, 4))
+
+
 class Smoothed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -97,27 +97,43 @@ def _product(node: Any) -> _Call | None:
     pieces = inner.args[0].args[0].args[0]
     if len(pieces) != 2 or not _calls(pieces[1], aten.slice.Tensor):
         return None
-    x = pieces[1].args[0]
-    for forward in _same(x).users_of(aten.prod.dim_int, aten.prod.default):
+    x, dim = pieces[1].args[:2]
+    for forward in _products(node.graph):
         whole = forward.target is aten.prod.default
-        if whole or forward.args[1] % x.meta["val"].dim() == pieces[1].args[1] % x.meta["val"].dim():
+        if not whole and forward.args[1] % x.meta["val"].dim() != dim % x.meta["val"].dim():
+            continue
+        # All elements of one value in their order, or the same dimensions: the slices are of a flat view in the former.
+        if _identity(forward.args[0]) == _identity(x) and (whole or _shape(forward.args[0]) == _shape(x)):
             return product_backward, (node.args[0], others, x, forward, None if whole else forward.args[1])
     return None
 
 
-class _same:
-    """A value under all names that views of the whole give it."""
+def _products(graph: fx.Graph) -> list[fx.Node]:
+    found = (graph.find_nodes(op="call_function", target=op) for op in (aten.prod.dim_int, aten.prod.default))
+    return [node for nodes in found for node in nodes]
 
-    def __init__(self, node: Any) -> None:
-        while _calls(node, aten.view.default) or _calls(node, aten.detach.default):
-            node = node.args[0]
-        self.names: list[fx.Node] = [node]
-        for name in self.names:
-            self.names += [n for n in name.users if n.target in (aten.view.default, aten.detach.default)]
 
-    def users_of(self, *targets: Any) -> list[fx.Node]:
-        """The calls of some ops on it."""
-        return [user for name in self.names for user in name.users if user.target in targets]
+def _identity(node: Any) -> Any:
+    """What a value is, whichever view names it: functionalization makes the views of what was written to anew.
+
+    Views and copies of all elements in their order don't count.
+    """
+    while isinstance(node, fx.Node) and node.target in _WHOLES:
+        node = node.args[0]
+    schema = getattr(node.target, "_schema", None) if isinstance(node, fx.Node) else None
+    if schema is None or schema.is_mutable or not any(item.alias_info is not None for item in schema.returns):
+        return node
+    base = node.args[0]
+    return node.target, _identity(base), _shape(base), str(node.args[1:]), str(node.kwargs)
+
+
+_WHOLES = frozenset(
+    {aten.view.default, aten._unsafe_view.default, aten.detach.default, aten.alias.default, aten.clone.default}
+)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
 
 
 def _viewed(node: Any) -> Any:
