@@ -165,9 +165,7 @@ def product_of_written(a: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dim", [None, 0, -1])
-@pytest.mark.parametrize(
-    "change", [Tensor.t, written_view, written_turned, product_of_written, lambda a: (a * 2)[1:], lambda a: a.view(2, 8)]
-)
+@pytest.mark.parametrize("change", [Tensor.t, written_view, written_turned, product_of_written, lambda a: a[1:] * 2])
 def test_the_gradient_of_a_product_is_eagers_for_views_and_what_was_written_to(
     change: Callable[[Tensor], Tensor], dim: int | None
 ) -> None:
