@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dis
 import functools
+import operator
 import re
 import sys
 import types
 import weakref
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -37,6 +38,7 @@ FUNCTIONS = 2_000  # of one model that are searched for names
 _PACKAGES = 4  # of packages within packages
 # Packages whose code doesn't change what it computes; pytest rewrites the asserts of tests into calls of its own.
 _OWN = ("torch", "numpy", "rematerialize", "builtins", "pytest", "_pytest")
+_METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.partialmethod)
 CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools._lru_cache_wrapper)
 
 Place: TypeAlias = tuple[str, Any, str, type | None]  # for messages, where to read, and the class whose attribute it is
@@ -58,7 +60,7 @@ class Readable:
     data: tuple[Place, ...]
     code: tuple[tuple[Any, str], ...]
     code_paths: tuple[str, ...]
-    code_ids: tuple[int, ...]
+    code_ids: tuple[Hashable, ...]
     searched: frozenset[str]
     searching: tuple[type, ...]
 
@@ -83,6 +85,11 @@ def changeable(known: Readable) -> tuple[object, ...]:
     """Return what stands at ``known.code`` now."""
     # A closure's cell has no get.
     return tuple([scope[name] if name in scope else None for scope, name in known.code])  # noqa: SIM401
+
+
+def identities(code: tuple[object, ...]) -> tuple[Hashable, ...]:
+    """Return ids of functions and classes, as `changeable` returns them."""
+    return tuple([tuple(map(id, each)) if type(each) is tuple else id(each) for each in code])
 
 
 def functions_in(value: object) -> Iterator[types.FunctionType]:
@@ -126,15 +133,18 @@ class _Search:
             for name in sorted(table if everything else table.keys() & self.names):
                 if not _DUNDER(name) and name not in fields and counts(table[name]):
                     self._keep(self.data, id(owner), (f"{owner.__name__}.{name}", table, name, owner))
-            if "forward" in table and issubclass(owner, nn.Module):
-                self._keep(self.code, id(owner), (f"{owner.__name__}.forward", table, "forward", owner))
+            named = sorted(table.keys() & (self.names | _UNNAMED))
+            methods = [name for name in named if isinstance(table[name], _METHODS)]
+            if methods:
+                self._keep(self.code, id(owner), (f"{owner.__name__}'s methods", _Methods(table, methods), "", owner))
         names = frozenset(self.names)
         attributes = names | self.of_torch | {"forward"}
         data = tuple(self.data.values())
         code = tuple([(scope, name) for _, scope, name, _ in self.code.values()])
         paths = tuple([path for path, *_ in self.code.values()])
-        ids = tuple([id(scope[name]) for scope, name in code])
-        return Readable(names, attributes, data, code, paths, ids, frozenset(self.searched), tuple(self.searching))
+        found = tuple([scope[name] for scope, name in code])
+        searched = frozenset(self.searched)
+        return Readable(names, attributes, data, code, paths, identities(found), searched, tuple(self.searching))
 
     def enter(self, cls: type) -> None:
         """Search a class: what runs without being named, and from now on its methods that are."""
@@ -251,6 +261,25 @@ class _Cell:
     def __setitem__(self, name: str, value: object) -> None:
         if (function := self._function()) is not None:
             (function.__closure__ or ())[self._index].cell_contents = value
+
+
+class _Methods:
+    """The methods of a class that code mentions, in one piece: models have hundreds."""
+
+    __slots__ = ("_get", "_names", "_table")
+
+    def __init__(self, table: Mapping[str, Any], names: list[str]) -> None:
+        self._table, self._names = table, names
+        self._get = operator.itemgetter(*names, names[0])  # of two names at least, so that it returns a tuple
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __getitem__(self, name: str) -> tuple[object, ...]:
+        try:
+            return self._get(self._table)  # type: ignore[no-any-return]
+        except KeyError:  # one was deleted
+            return tuple(map(self._table.get, self._names))
 
 
 # Methods that run without being named: of a module, a record, an autograd.Function; and where an object is made. A

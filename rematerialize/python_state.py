@@ -30,6 +30,7 @@ from rematerialize.python_code import (
     Readable,
     changeable,
     functions_in,
+    identities,
     is_iterator,
     mentions,
     own,
@@ -107,7 +108,7 @@ def _current(classes: frozenset[type], functions: set[types.FunctionType]) -> tu
     known = readable(classes, roots)
     for _ in range(_ROUNDS):
         code = changeable(known)
-        ids = tuple(map(id, code))
+        ids = identities(code)
         if ids == known.code_ids:
             return known, code
         replaced = (*replaced, ids)

@@ -571,6 +571,11 @@ OUTSIDE: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object
         lambda m: setattr(ByName, "factors_3", [2.0]),
     ),
     "the forward of a class": (lambda m, x: x, lambda m: setattr(ByName, "forward", lambda m, x: m.outer(x).sum())),
+    "a method of a class": (lambda m, x: m.doubled(x), lambda m: setattr(ByName, "doubled", lambda m, x: x * 3)),
+    "the backward of a function": (
+        lambda m, x: Reverse.apply(x),
+        lambda m: setattr(Reverse, "backward", staticmethod(lambda ctx, gradient: gradient * 3)),
+    ),
 }
 
 
@@ -581,6 +586,9 @@ class ByName(Uses):
         factor: float = getattr(self, f"factors_{number}")[0]
         return factor
 
+    def doubled(self, x: Tensor) -> Tensor:
+        return x * 2
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
 
@@ -588,9 +596,11 @@ class ByName(Uses):
 @pytest.fixture
 def _outside_as_it_was() -> Iterator[None]:
     here, before = vars(sys.modules[__name__]), (ALPHA, ACTIVATION, ByName.forward)
+    methods = (ByName.doubled, vars(Reverse)["backward"])
     yield
     here["ALPHA"], here["ACTIVATION"] = before[:2]
     ByName.forward = before[2]  # type: ignore[method-assign]
+    ByName.doubled, Reverse.backward = methods  # type: ignore[method-assign]
     Settings.scale = Configured.factor = Configured.table.scale = 1.0
     ByName.factors_3 = [1.0]
     DROPS[0].p = 0.1
