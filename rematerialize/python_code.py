@@ -75,10 +75,14 @@ def readable(classes: frozenset[type], functions: Functions = frozenset(), repla
     search = _Search()
     for cls in sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__)):
         search.enter(cls)
-    for function in sorted(filter(None, (ref() for ref in functions)), key=lambda f: (f.__module__, f.__qualname__)):
+    for function in sorted(filter(None, (ref() for ref in functions)), key=_place_of):
         search.push(function)
     search.run()
     return search.result()
+
+
+def _place_of(function: types.FunctionType) -> tuple[str, str]:
+    return function.__module__ or "", function.__qualname__
 
 
 def changeable(known: Readable) -> tuple[object, ...]:

@@ -54,6 +54,12 @@ _HOOKED = (
     "see only the part of its gradient that comes from outside of the step. Register it inside the forward, or unwrap"
 )
 
+_TELLS = (
+    "an autograd.Function of this step calls set_materialize_grads(False), and got no gradient for some of its outputs "
+    "only: its backward was recorded with gradients for all. Let it take zeros instead, let the loss read every output "
+    "(0 * output.sum()), or unwrap the model"
+)
+
 
 def check_surroundings(tensors: Iterable[Tensor]) -> None:
     """Refuse to run a step inside of what it can't take part in; ``tensors`` are all that it reads.
@@ -265,12 +271,17 @@ class _Expose(torch.autograd.Function):
         by_position = dict(zip(step.emitted.outputs, received, strict=True))
         paired = step.captured.joint.tangents
         ctx.box.absent = frozenset(i for i, (_, position) in enumerate(paired) if by_position[position] is None)
+        for reached in step.captured.joint.tellers if ctx.box.absent else ():
+            if len({each <= ctx.box.absent for each in reached}) > 1:
+                raise RuntimeError(_TELLS)
         tangents, strides = [], []
         for index in step.emitted.backward_tangents:
             node, position = paired[index]
             tangent = by_position[position]
             if tangent is not None and tangent.shape != node.meta["val"].shape:
                 tangent = tangent.expand(node.meta["val"].shape)  # fake kernels return [1] for some that return []
+            if tangent is not None and tangent.is_conj() != node.meta["val"].is_conj():
+                tangent = _marked(tangent)
             tangents.append(tangent)
             if tangent is not None and not laid_alike(tangent.stride(), node.meta["val"]):
                 strides.append((index, tangent.stride()))
@@ -278,3 +289,8 @@ class _Expose(torch.autograd.Function):
         if torch.is_grad_enabled():
             ctx.box.anchors = (ctx.token, *(t for t in received if t is not None and t.requires_grad))
         return ctx.token.new_zeros(0), None, None
+
+
+def _marked(value: Tensor) -> Tensor:
+    """The same complex values, with the mark of a conjugate where they have none and without where they have one."""
+    return value.resolve_conj() if value.is_conj() else torch.conj_physical(value).conj()

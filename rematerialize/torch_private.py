@@ -14,9 +14,10 @@ import operator
 import os
 import sys
 import threading
+import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any, TypeGuard
 
@@ -42,6 +43,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._library import simple_registry
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.autograd.function import FunctionCtx
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, get_proxy_slot
 from torch.fx.graph import CodeGen
 from torch.fx.node import _side_effectful_functions
@@ -98,7 +100,8 @@ class JointTrace:
     ``tangents[k]`` pairs the k-th tangent placeholder with the position of its output among ``outputs``
     (user outputs, then intermediate bases). ``mutations`` pairs primal positions with the nodes of their
     new values, ``gradients[i]`` belongs to primal ``i``. Where there are several tangents, a backward node's
-    ``meta["reached_by"]`` has the positions of those that autograd runs it for.
+    ``meta["reached_by"]`` has the positions of those that autograd runs it for. ``tellers`` are the users' functions
+    that tell absent gradients from zeros: for each of their outputs the tangents that reach it.
     """
 
     graph: fx.Graph
@@ -109,6 +112,7 @@ class JointTrace:
     aliases: tuple[OutputAlias, ...]
     mutations: tuple[tuple[int, fx.Node], ...]
     gradients: tuple[fx.Node | None, ...]
+    tellers: tuple[tuple[frozenset[int], ...], ...] = ()
 
 
 class UnsupportedTraceError(Exception):
@@ -405,13 +409,13 @@ def outside_of_modes() -> contextlib.AbstractContextManager[Any]:
 
 
 class _Spied:
-    """A generator whose state can't be set: ``refuse`` is called instead. Other threads may go on setting it."""
+    """A generator whose state can't be set, nor its seed be read: ``refuse`` is called instead. Other threads may."""
 
     def __init__(self, generator: torch.Generator, refuse: Callable[[], None]) -> None:
         self._generator, self._refuse, self._thread = generator, refuse, threading.get_ident()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("manual_seed", "seed", "set_state") and threading.get_ident() == self._thread:
+        if name in ("manual_seed", "seed", "set_state", "initial_seed") and threading.get_ident() == self._thread:
             self._refuse()
         return getattr(self._generator, name)
 
@@ -426,6 +430,29 @@ def spied_default_generator(refuse: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         scope["default_generator"] = own
+
+
+# Where torch's attention decides for its fast path in evaluation, and the local variable that says why not.
+_FAST_PATHS = {
+    nn.MultiheadAttention.forward.__code__: "why_not_fast_path",
+    nn.TransformerEncoderLayer.forward.__code__: "why_not_sparsity_fast_path",
+}
+_ONLY_IN_A_TRACE = ("some Tensor argument has_torch_function", "we are running make_fx tracing")
+
+
+def only_a_trace_is_slow() -> bool:
+    """Whether an attention that calls this is slow for the trace's sake alone: eager takes torch's fast path."""
+    frame: types.FrameType | None = sys._getframe(1)
+    for _ in range(40):
+        if frame is None:
+            break
+        own = frame.f_locals if frame.f_code in _FAST_PATHS else {}
+        if own.get(_FAST_PATHS.get(frame.f_code, "")) in _ONLY_IN_A_TRACE:
+            needed = any(x is not None and x.requires_grad for x in own["tensor_args"])
+            if not (needed and torch.is_grad_enabled()):
+                return True
+        frame = frame.f_back
+    return False
 
 
 _TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
@@ -478,37 +505,71 @@ class _FlatModule(nn.Module):
         return self.function(*flat)
 
 
+@dataclass(slots=True)
+class _Reach:
+    """Which tangents reach nodes of autograd's graph, as bits of an integer.
+
+    ``nodes`` is by sequence numbers; ``tellers`` has one entry per node of a user's that tells absent gradients
+    from zeros (``set_materialize_grads(False)``): a mask for each of its outputs that any tangent reaches.
+    """
+
+    nodes: dict[int, int] = field(default_factory=dict)
+    tellers: list[list[int]] = field(default_factory=list)
+
+
 @contextlib.contextmanager
-def _recorded_reach() -> Iterator[dict[int, int]]:
-    """Collect, when the joint trace asks for its gradients, which tangents reach each node of autograd's graph: the
-    node's sequence number, and the positions among the tangents as the bits of an integer.
+def _recorded_reach() -> Iterator[_Reach]:
+    """Collect, when the joint trace asks for its gradients, which tangents reach each node of autograd's graph.
 
     The traced ops don't tell: the zeros that ``fill_`` gives as its gradient come from no tangent.
     """
-    found: dict[int, int] = {}
-    grad = torch.autograd.grad
+    found = _Reach()
+    grad, set_materialize = torch.autograd.grad, FunctionCtx.set_materialize_grads
+    telling: set[Any] = set()
 
     def noted(outputs: Any, *args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1)
         if caller.f_globals.get("__name__") == graph_capture_wrappers.__name__:
             place = {id(tangent): i for i, tangent in enumerate(caller.f_locals["tangents"])}
             tangents = kwargs.get("grad_outputs", ())
-            found.clear()
-            found.update(_reach([(o.grad_fn, place[id(t)]) for o, t in zip(outputs, tangents, strict=True)]))
+            roots = [(o.grad_fn, o.output_nr, place[id(t)]) for o, t in zip(outputs, tangents, strict=True)]
+            masks, parts = _reach(roots, telling)
+            found.nodes = {node._sequence_nr(): mask for node, mask in masks.items()}
+            found.tellers = [list(masks.values()) for masks in parts.values()]
         return grad(outputs, *args, **kwargs)
 
+    def set_noted(ctx: Any, value: bool) -> None:
+        if not value:
+            telling.add(ctx)
+        set_materialize(ctx, value)
+
     torch.autograd.grad = noted
+    FunctionCtx.set_materialize_grads = set_noted  # type: ignore[assignment,method-assign]
     try:
         yield found
     finally:
         torch.autograd.grad = grad
+        FunctionCtx.set_materialize_grads = set_materialize  # type: ignore[method-assign]
 
 
-def _reach(roots: Iterable[tuple[Any, int]]) -> dict[int, int]:
+def _reach(
+    roots: Iterable[tuple[Any, int, int]], wanted: Container[Any]
+) -> tuple[dict[Any, int], dict[Any, dict[int, int]]]:
+    """Masks of the nodes that are reached from roots (node, its output, position of the tangent); for those wanted
+    also of each of their outputs.
+    """
     masks: dict[Any, int] = {}
-    for node, position in roots:
+    parts: dict[Any, dict[int, int]] = {}
+
+    def reach(node: Any, output: int, mask: int) -> None:
+        masks[node] = masks.get(node, 0) | mask
+        if node in wanted:
+            part = parts.setdefault(node, {})
+            part[output] = part.get(output, 0) | mask
+
+    for node, output, position in roots:
         if node is not None:
-            masks[node] = masks.get(node, 0) | 1 << position
+            reach(node, output, 1 << position)
     readers: Counter[Any] = Counter()
     seen, waiting = set(masks), list(masks)
     while waiting:
@@ -522,14 +583,14 @@ def _reach(roots: Iterable[tuple[Any, int]]) -> dict[int, int]:
     ready = [node for node in masks if not readers[node]]
     while ready:
         node = ready.pop()
-        for following, _ in node.next_functions:
+        for following, output in node.next_functions:
             if following is None:
                 continue
-            masks[following] = masks.get(following, 0) | masks[node]
+            reach(following, output, masks[node])
             readers[following] -= 1
             if not readers[following]:
                 ready.append(following)
-    return {node._sequence_nr(): mask for node, mask in masks.items()}
+    return masks, parts
 
 
 def trace_joint(
@@ -564,6 +625,7 @@ def trace_joint(
         _eager_composites(),
         _compiling_flag(compiling),
         _plain_checks(),
+        _users_anomaly_mode(),
         real_layouts(rules.strides, rules.dtype, rules.result),
         _followed(rules.follow),
         _silent_fakes(),
@@ -576,13 +638,29 @@ def trace_joint(
         joint = aot_export_joint_with_descriptors(stack, _FlatModule(function), tuple(primals), {})
         traced = _read_joint(joint, len(primals))
         if len(traced.tangents) > 1:
-            _tell_reach(traced, reach)
-        return traced
+            _tell_reach(traced, reach.nodes)
+        tellers = [tuple(_positions(mask) for mask in masks) for masks in reach.tellers if len({*masks}) > 1]
+        return replace(traced, tellers=tuple(tellers))
+
+
+def _positions(mask: int) -> frozenset[int]:
+    return frozenset(i for i in range(mask.bit_length()) if mask >> i & 1)
+
+
+@contextlib.contextmanager
+def _users_anomaly_mode() -> Iterator[None]:
+    """Answer ``torch.is_anomaly_enabled()`` as outside of the trace, which turns it on to know lines of code."""
+    own = torch.is_anomaly_enabled
+    enabled = own()
+    torch.is_anomaly_enabled = lambda: enabled
+    try:
+        yield
+    finally:
+        torch.is_anomaly_enabled = own
 
 
 def _tell_reach(joint: JointTrace, reach: dict[int, int]) -> None:
-    everything = frozenset(range(len(joint.tangents)))
-    sets = {mask: frozenset(i for i in everything if mask >> i & 1) for mask in set(reach.values())}
+    sets = {mask: _positions(mask) for mask in set(reach.values())}
     for node in joint.graph.nodes:
         mask = reach.get(node.meta.get("seq_nr", -1))
         if mask is not None and node.op == "call_function" and node.meta.get("partitioner_tag") == "is_backward":
@@ -823,6 +901,7 @@ def linearized(found: Callable[[], None]) -> Iterator[None]:
 
 
 SET_DATA = vars(torch._C.TensorBase)["data"].__set__
+GET_PLACE = tuple(vars(torch._C.TensorBase)[name].__get__ for name in ("is_leaf", "grad_fn"))
 GET_GRAD = vars(torch._C.TensorBase)["grad"].__get__
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from rematerialize.capture.explain import looks_at_values
 from rematerialize.capture.kernel_layouts import DRAWS
 from rematerialize.capture.refusals import refuse_before, refuse_other_layouts
 from rematerialize.errors import CaptureError
@@ -30,7 +31,8 @@ class splitting_recurrences(TorchFunctionMode):
     """While active, unpacked one-directional LSTMs run layer by layer over chunks of the time axis.
 
     With ``split=False`` they run whole. ``found`` says whether there were any; ``called`` lists the functions that
-    ran, for comparing one call of a forward with the next.
+    ran, for comparing one call of a forward with the next, and ``looked`` is what the first look at a value raised,
+    which the forward may have caught. ``drew`` is told of every generator that a function was given.
     """
 
     def __init__(self, split: bool) -> None:
@@ -38,6 +40,8 @@ class splitting_recurrences(TorchFunctionMode):
         self.split = split
         self.found = False
         self.called: list[Callable[..., Any]] = []
+        self.looked: Exception | None = None
+        self.drew: Callable[[torch.Generator], None] | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -51,12 +55,19 @@ class splitting_recurrences(TorchFunctionMode):
                 return _lstm_in_chunks(*args)
         if func is Tensor.random_:
             args, kwargs = _from_zero(args, kwargs or {})
-        draw = DRAWS.get(func) if kwargs and kwargs.get("generator") is not None else None
-        if draw is not None:  # torch's own trace of the one in place takes no generator
-            return args[0].copy_(draw(*args, **(kwargs or {})))
-        result = func(*args, **(kwargs or {}))
+        generator = kwargs.get("generator") if kwargs else None
+        draw = DRAWS.get(func) if generator is not None else None
+        try:
+            result = (draw or func)(*args, **(kwargs or {}))
+        except Exception as error:
+            if self.looked is None and looks_at_values(func, error):
+                self.looked = error
+            raise
+        if isinstance(generator, torch.Generator) and self.drew is not None:
+            self.drew(generator)
         refuse_other_layouts(result)
-        return result
+        # Torch's own trace of the draw in place takes no generator.
+        return result if draw is None else args[0].copy_(result)
 
 
 def _from_zero(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:

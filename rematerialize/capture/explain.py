@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 import traceback
+from typing import Any
+
+from torch import Tensor
 
 from rematerialize import torch_private as private
 from rematerialize.capture.refusals import library_folder, way_round
 from rematerialize.errors import CaptureError
 
 _DATA_DEPENDENT = ("DataDependentOutputException", "GuardOnDataDependentSymNode", "DynamicOutputShapeException")
+
+
+_LOOKS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__})
+
+
+def looks_at_values(function: Any, error: Exception) -> bool:
+    """Whether a function raised in a trace because it asks for values, which eager has."""
+    return type(error).__name__ in _DATA_DEPENDENT or function in _LOOKS
 
 
 def explain(error: Exception, *, in_backward: bool) -> CaptureError:
@@ -23,7 +34,13 @@ def explain(error: Exception, *, in_backward: bool) -> CaptureError:
             f"the forward depends on the values of its tensors{place} (control flow or a shape that is known "
             f"only at run time: {text[:120]}): {way_round(text, _files(error))}"
         )
-    if "convert all Tensors to FakeTensors" in text or "Unexpected fake" in text:
+    mixed = "convert all Tensors to FakeTensors" in text or "Unexpected fake" in text
+    if mixed and in_backward:
+        return CaptureError(
+            f"a backward reads a tensor that isn't part of the step{place}, a parameter through a module for one: give "
+            "it to the autograd.Function as an argument, and return its gradient"
+        )
+    if mixed:
         return CaptureError(
             f"the forward uses a tensor that is neither a parameter, a buffer, an attribute of a module nor an input"
             f"{place}: keep it with register_buffer, or pass it as an argument, itself or in a list, tuple, dict or "
@@ -34,6 +51,34 @@ def explain(error: Exception, *, in_backward: bool) -> CaptureError:
             f"the forward changes a view in place that as_strided made of another view{place}, which a trace can't "
             "follow: change a clone() of it, or take the view with narrow, select, view or transpose"
         )
+    if type(error).__module__.startswith("torch._dynamo"):
+        return CaptureError(
+            f"the forward runs what torch.compile compiles{place} (a compiled part, torch.cond, while_loop, scan), "
+            "which can't be within a trace: take the part that was compiled (part._orig_mod), torch.where for a branch "
+            "and a Python loop for a loop"
+        )
+    if "Attempting to use FunctionalTensor on its own" in text:
+        return CaptureError(
+            f"the forward runs operations in another thread{place}, which a trace doesn't see: run them in the thread "
+            "that calls the model"
+        )
+    if "Cannot backprop through mirrored meta" in text:
+        return CaptureError(
+            f"the forward calls backward(){place}: take gradients by torch.autograd.grad(outputs, inputs, "
+            "create_graph=True), which returns them instead of writing to .grad"
+        )
+    if "support the deepcopy protocol" in text:
+        return CaptureError(
+            f"the forward copies a module or a parameter (copy.deepcopy){place}, which isn't a leaf in a trace: make "
+            "the copy once, outside of the forward, or call torch.func.functional_call with other values"
+        )
+    if "Cannot assign non-leaf Tensor to parameter" in text:
+        return CaptureError(
+            f"the forward assigns a parameter{place}: tie weights once, outside of the forward, or call "
+            "torch.func.functional_call with other values"
+        )
+    if "self.shape_env must not be None" in text:
+        return CaptureError(f"the forward makes a nested (jagged) tensor{place}: pad its rows and mask them")
     if "mutating a non-functional tensor" in text:
         return CaptureError(
             f"a tensor is changed in place by what runs apart from the step{place} (a hook, a function of an inner "

@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rematerialize import torch_private as private
 from rematerialize.errors import CaptureError
 
 _SEEDED = (
-    "the forward sets the state of a random generator{place} (manual_seed, set_rng_state, fork_rng), which a recorded "
-    "step can't repeat: draw from a torch.Generator that the module keeps as an attribute (generator=self.generator), "
-    "or set the seed before the forward is called"
+    "the forward sets the state of a random generator{place} (manual_seed, set_state, fork_rng), or reads its seed, "
+    "which a recorded step can't repeat: draw from a torch.Generator that the module keeps as an attribute "
+    "(generator=self.generator), or set the seed before the forward is called"
 )
 
 
@@ -37,25 +37,43 @@ class unseeded_generators:
     """A context for a call of a traced forward: on exit every generator has the state that it had on entry.
 
     Nothing draws during a trace, so a state that moves was set, which raises StateMoved. The states start from one
-    that nobody sets, so that a seed that has been set before the forward, too, is seen.
+    that nobody sets, so that a seed that has been set before the forward, too, is seen, and move on with every draw
+    (`drew`), so that one that goes back to an earlier state is.
     """
 
     def __init__(self, generators: dict[int, torch.Generator]) -> None:
         self.generators = list(generators.values())
+        self.places = {key: at for at, key in enumerate(generators)}
+        self.draws = 0
+        self.moved = False
 
     def __enter__(self) -> None:
         with private.outside_of_modes():
             self.before = [generator.get_state() for generator in self.generators]
-            self.odd = [torch.Generator(g.device).manual_seed(0x0DD5EED).get_state() for g in self.generators]
+            self.odd = [self._odd(generator) for generator in self.generators]
             for generator, state in zip(self.generators, self.odd, strict=True):
                 generator.set_state(state)
 
+    def drew(self, generator: torch.Generator) -> None:
+        """Move a generator on, which was drawn from: nothing else does in a trace."""
+        at = self.places.get(private.generator_key(generator))
+        if at is None:
+            return
+        self.draws += 1
+        with private.outside_of_modes():
+            self.moved |= not torch.equal(generator.get_state(), self.odd[at])
+            self.odd[at] = self._odd(generator)
+            generator.set_state(self.odd[at])
+
+    def _odd(self, generator: torch.Generator) -> Tensor:
+        return torch.Generator(generator.device).manual_seed(0x0DD5EED + self.draws).get_state()
+
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         with private.outside_of_modes():
-            moved = [not torch.equal(g.get_state(), state) for g, state in zip(self.generators, self.odd, strict=True)]
-            for generator, state in zip(self.generators, self.before, strict=True):
-                generator.set_state(state)
-        if any(moved) and kind is None:
+            for generator, state, before in zip(self.generators, self.odd, self.before, strict=True):
+                self.moved |= not torch.equal(generator.get_state(), state)
+                generator.set_state(before)
+        if self.moved and kind is None:
             raise StateMoved(_SEEDED.format(place=""))
 
 

@@ -74,7 +74,9 @@ def in_place_forms(node: fx.Node) -> tuple[InPlaceForm, ...]:
         return ()
     in_place = getattr(packet, overload)
     forms = [InPlaceForm(in_place, 0)]
-    if target in _COMMUTATIVE and not node.kwargs and len(node.args) == 2:
+    # Complex products round by the order of their factors.
+    ordered = target is aten.mul.Tensor and node.meta["val"].is_complex()
+    if target in _COMMUTATIVE and not ordered and not node.kwargs and len(node.args) == 2:
         forms.append(InPlaceForm(in_place, 1, swap=True))
     return tuple(forms)
 

@@ -50,6 +50,7 @@ def normalize(joint: private.JointTrace) -> NormalGraph:
     take_eager_paths(graph)
     fill_in_eager_layout(graph)
     eager_layouts(joint)
+    _factories_with_types(graph)
     _factories_without_templates(graph)
     split_convolution_backwards(graph)
     _rnn_layers_with_workspace(graph)
@@ -98,6 +99,17 @@ def _factories_without_templates(graph: fx.Graph) -> None:
         else:
             continue
         node.kwargs = options
+
+
+def _factories_with_types(graph: fx.Graph) -> None:
+    """Say what type a factory made that was given none: the default may be set within a forward."""
+    for node in graph.nodes:
+        if node.op != "call_function" or node.all_input_nodes or node.kwargs.get("dtype") is not None:
+            continue
+        schema = getattr(node.target, "_schema", None)
+        takes = schema is not None and any(each.name == "dtype" and each.kwarg_only for each in schema.arguments)
+        if takes and isinstance(node.meta.get("val"), Tensor):
+            node.kwargs = {**node.kwargs, "dtype": node.meta["val"].dtype}
 
 
 def _rnn_layers_with_workspace(graph: fx.Graph) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import tensors_of
 from rematerialize.errors import CaptureError
+from rematerialize.python_code import own
 
 aten = torch.ops.aten
 
@@ -62,16 +64,35 @@ def way_round(text: str, places: Sequence[str]) -> str:
     return _ANY_WAY
 
 
-def refuse_sparse_primals(names: Sequence[str], primals: Sequence[Tensor]) -> None:
-    """A sparse buffer or input can't even be traced."""
+_TORCH_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
+
+
+def refuse_odd_primals(names: Sequence[str], primals: Sequence[Tensor]) -> None:
+    """A sparse buffer or input can't even be traced, a tensor with functions of its own only without these."""
     for name, primal in zip(names, primals, strict=True):
         if primal.layout is not torch.strided:
             raise CaptureError(f"{name} is a {_kind(primal)} ({_layout(primal)}): {_way_of(primal)}")
+        function = type(primal).__torch_function__
+        if getattr(function, "__func__", function) not in _TORCH_FUNCTIONS and not own(type(primal).__module__):
+            raise CaptureError(
+                f"{name} is a {type(primal).__name__}, whose __torch_function__ a trace doesn't call: use a plain "
+                "tensor or parameter, and call the functions in the forward"
+            )
 
 
 _TO_SPARSE = frozenset(
     {"to_sparse", "to_sparse_coo", "to_sparse_csr", "to_sparse_csc", "to_sparse_bsr", "to_sparse_bsc"}
 )
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Parts that torch.jit compiled hold their tensors elsewhere."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{name or 'the model'!r} was compiled by torch.jit (script or trace), into which a trace can't look: "
+                "use the module that it was made of"
+            )
 
 
 def refuse_before(function: Any, caller: str) -> None:
@@ -86,6 +107,17 @@ def refuse_before(function: Any, caller: str) -> None:
         raise CaptureError(
             f"the forward reads .grad of a tensor{_here()}, which changes from step to step and isn't part of a plan: "
             "pass it as an input"
+        )
+    if name == "__get__" and function in private.GET_PLACE and private.is_users(caller):
+        raise CaptureError(
+            f"the forward asks where a tensor comes from{_here()} (is_leaf, grad_fn), which a trace answers otherwise "
+            "than eager: decide by what the caller knows, or by requires_grad"
+        )
+    if function is F.multi_head_attention_forward and private.only_a_trace_is_slow():
+        raise CaptureError(
+            f"an attention that is only evaluated{_here()} takes torch's fast path, whose values a trace doesn't have "
+            "(zeros at padded places): call torch.backends.mha.set_fastpath_enabled(False) first, or run this part "
+            "outside of the wrapped module and pass its result"
         )
     if name in _TO_SPARSE:
         raise CaptureError(f"the forward makes a sparse tensor{_here()} ({name}): {_SPARSE_WAY}")

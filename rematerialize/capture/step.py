@@ -30,7 +30,7 @@ from rematerialize.capture.kernel_layouts import kernel_dtype, kernel_result, ke
 from rematerialize.capture.known_values import KnownValues
 from rematerialize.capture.purity import FunctionCaches, Settled, holders_of, kept_whole, unchanged_python
 from rematerialize.capture.python_random import kept_python
-from rematerialize.capture.refusals import refuse_linearize, refuse_sparse_primals, refuse_unplannable
+from rematerialize.capture.refusals import refuse_linearize, refuse_odd_primals, refuse_scripted, refuse_unplannable
 from rematerialize.errors import CaptureError
 from rematerialize.python_state import PythonState, changed, python_state
 
@@ -195,6 +195,7 @@ def capture(
 def _capture(
     model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs, split_recurrences: bool
 ) -> CapturedStep:
+    refuse_scripted(model)
     slots = tensor_slots(model)
     primals = [slot.read() for slot in slots]
     known = {id(tensor) for tensor in primals}
@@ -202,7 +203,7 @@ def _capture(
         raise CaptureError("an input is one of the model's own parameters or buffers: pass a copy instead")
     primals.extend(inputs.tensors)
     names = [repr(slot.name) for slot in slots] + [f"input {i}" for i in range(len(inputs.tensors))]
-    refuse_sparse_primals(names, primals)
+    refuse_odd_primals(names, primals)
     if not any(tensor.requires_grad for tensor in primals):
         raise CaptureError(
             "no parameter and no input requires grad, so there is no backward to plan: "
@@ -306,17 +307,22 @@ class _Recorder:
 
     def __call__(self, *flat: Tensor) -> Sequence[Tensor]:
         self.in_backward = False
+        self._dress(flat)
         args, kwargs = self.inputs.rebuild(flat[len(self.slots) :])
         with _swapped(self.homes, flat), self.recurrences, private.own_saving_hooks(_refuse_hooks):
             # Inside the swap: attributes are compared with the values that the swap put there.
             previous, self.recurrences.called = self.recurrences.called, []
+            seeding = unseeded_generators(self.generators)
+            self.recurrences.drew = seeding.drew
             with (
                 unchanged_python(self.holders, self.caches, self.settled, private.origins, self.poisoned),
-                unseeded_generators(self.generators),
+                seeding,
                 private.spied_default_generator(refuse_seeding),
                 self.casts.of_call(flat),
             ):
                 output = self.forward(*args, **kwargs)
+            if self.recurrences.looked is not None:  # and the forward caught what it raised
+                raise self.recurrences.looked
             if self.settled.values and self.settled.calls > 1 and self.recurrences.called != previous:
                 raise CaptureError(
                     "the forward computes something else once its attributes are set (an initialization at the first "
@@ -352,6 +358,16 @@ class _Recorder:
         self.in_backward = True
         self.versions = [(tensor, tensor._version) for tensor in flat]
         return tensors
+
+    def _dress(self, flat: Sequence[Tensor]) -> None:
+        """Give what stands for parameters, buffers and inputs the Python attributes of these, and parameters' kind."""
+        originals = [*(slot.read() for slot in self.slots), *self.inputs.tensors]
+        for tensor, original in zip(flat, originals, strict=True):
+            if isinstance(original, nn.Parameter):
+                tensor._is_param = True  # what isinstance asks for
+            for name, value in vars(original).items():
+                if name not in vars(tensor):
+                    setattr(tensor, name, value)
 
     def refuse_late_writes(self) -> None:
         """Refuse what a backward wrote: a recorded backward returns gradients, and nothing else."""
