@@ -38,6 +38,11 @@ def _refuse_parallel(model: nn.Module) -> None:
                 f"{who} driven by DistributedDataParallel: wrap what it holds, as "
                 "DistributedDataParallel(rematerialize.wrap(model, ...))"
             )
+        if name and isinstance(part, torch.jit.ScriptModule):
+            raise RematerializeError(
+                f"{who} what torch.jit (script or trace) made of a module, into which a trace can't look: use the "
+                "module itself"
+            )
         if isinstance(part, nn.DataParallel):
             raise RematerializeError(
                 f"{who} copied by DataParallel at every step, which no plan can follow: use "

@@ -15,6 +15,7 @@ import sys
 import types
 import weakref
 from argparse import Namespace
+from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Readable:
     """What some code can read.
 
     ``names`` are the identifiers that it mentions, ``attributes`` those and what torch's own modules mention,
+    ``filled`` those that it only appends or adds to, ``logs`` the global and closed-over containers among these,
     ``data`` the global variables, class attributes and closures that hold data, ``code`` those that hold functions and
     classes, which were the ones with ``code_ids``. ``searched`` are the names of what it reads by computed names,
     ``searching`` the classes of modules that read themselves so.
@@ -57,7 +59,9 @@ class Readable:
 
     names: frozenset[str]
     attributes: frozenset[str]
+    filled: frozenset[str]
     data: tuple[Place, ...]
+    logs: tuple[Place, ...]
     code: tuple[tuple[Any, str], ...]
     code_paths: tuple[str, ...]
     code_ids: tuple[Hashable, ...]
@@ -127,6 +131,8 @@ class _Search:
     searched: set[str] = field(default_factory=set)
     searching: set[type] = field(default_factory=set)
     of_modules: dict[types.FunctionType, type] = field(default_factory=dict)
+    filled: set[str] = field(default_factory=set)
+    logs: dict[tuple[int, str], Place] = field(default_factory=dict)
 
     def result(self) -> Readable:
         for owner in self.classes:
@@ -148,7 +154,10 @@ class _Search:
         paths = tuple([path for path, *_ in self.code.values()])
         found = tuple([scope[name] for scope, name in code])
         searched = frozenset(self.searched)
-        return Readable(names, attributes, data, code, paths, identities(found), searched, tuple(self.searching))
+        filled = frozenset(self.filled - self.names)
+        logs = tuple(self.logs.values())
+        ids = identities(found)
+        return Readable(names, attributes, filled, data, logs, code, paths, ids, searched, tuple(self.searching))
 
     def enter(self, cls: type) -> None:
         """Search a class: what runs without being named, and from now on its methods that are."""
@@ -197,9 +206,13 @@ class _Search:
             for value in self.members.get(name, ()):
                 self.push(value)
         self.names |= mentioned
+        self.filled |= found.filled
         scope = function.__globals__
-        for name in sorted(mentioned & scope.keys()):
+        for name in sorted((mentioned | found.filled) & scope.keys()):
             value = scope[name]
+            if name in found.filled and type(value) in LOGS:
+                self._keep(self.logs, id(scope), (f"{function.__module__}.{name}", scope, name, None))
+                continue
             if isinstance(value, types.ModuleType):
                 self._module(value, found)
             else:
@@ -216,9 +229,13 @@ class _Search:
                 self._note(f"{module.__name__}.{name}", vars(module), name, made=name in found.called)
 
     def _closure(self, function: types.FunctionType) -> None:
-        mentioned = mentions(function.__code__).names
+        found = mentions(function.__code__)
+        mentioned = found.names | found.filled
         for index, name in enumerate(function.__code__.co_freevars):
             scope = _Cell(function, index)
+            if name in found.filled and type(scope[name]) in LOGS:
+                self._keep(self.logs, scope.key, (f"{name} of {function.__qualname__}", scope, name, None))
+                continue
             if name != "__class__" and (name in mentioned or not counts(scope[name])):
                 self._note(f"{name} of {function.__qualname__}", scope, name)
 
@@ -327,6 +344,7 @@ def _names_of_module(kind: type) -> frozenset[str]:
 _DUNDER = re.compile("__.*__$").match
 _LOADS = ("LOAD_NAME", "LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_SUPER_ATTR")
 _FILLS = ("append", "appendleft", "extend", "add")  # what is only filled, a log for one, isn't read
+LOGS = (list, deque, set)  # if it is one of these: another's method of that name may do anything
 _NO_RESULT = ("KW_NAMES", "CACHE", "NOP", "RESUME", "EXTENDED_ARG")
 
 
@@ -334,12 +352,14 @@ _NO_RESULT = ("KW_NAMES", "CACHE", "NOP", "RESUME", "EXTENDED_ARG")
 class Mentions:
     """What a function's code reads, functions within it included.
 
-    ``names`` are identifiers, and texts that getattr may take; ``called`` those of the names that it calls;
-    ``searched`` what a getattr of a computed name reads from: the name of a variable or of an attribute.
+    ``names`` are identifiers, and texts that getattr may take; ``called`` those of the names that it calls; ``filled``
+    are identifiers of what it only appends or adds to; ``searched`` what a getattr of a computed name reads from: the
+    name of a variable or of an attribute.
     """
 
     names: frozenset[str]
     called: frozenset[str]
+    filled: frozenset[str]
     searched: frozenset[str]
 
 
@@ -347,10 +367,12 @@ class Mentions:
 def mentions(code: types.CodeType) -> Mentions:
     """Return what a function's code reads."""
     instructions = list(dis.get_instructions(code))
-    names, called, searched = set(), set(), set(_searched(instructions))
+    names, called, filled, searched = set(), set(), set(), set(_searched(instructions))
     aliases: dict[str, str] = {}
     for now, after in zip(instructions, [*instructions[1:], None], strict=True):
-        if now.opname in _LOADS and not (after and after.opname in _LOADS and after.argval in _FILLS):
+        if now.opname in _LOADS and after and after.opname in _LOADS and after.argval in _FILLS:
+            filled.add(now.argval)
+        elif now.opname in _LOADS:
             names.add(now.argval)
             if now.opname == "LOAD_METHOD" or (now.opname in ("LOAD_GLOBAL", "LOAD_ATTR") and (now.arg or 0) & 1):
                 called.add(now.argval)
@@ -364,10 +386,11 @@ def mentions(code: types.CodeType) -> Mentions:
             inner = mentions(constant)
             names |= inner.names
             called |= inner.called
+            filled |= inner.filled
             searched |= inner.searched
         elif isinstance(constant, str) and constant.isidentifier():
             names.add(constant)
-    return Mentions(frozenset(names), frozenset(called), frozenset(searched))
+    return Mentions(frozenset(names), frozenset(called), frozenset(filled - names), frozenset(searched))
 
 
 def _searched(instructions: list[dis.Instruction]) -> Iterator[str]:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from rematerialize.python_code import (
+    LOGS,
     PLAIN,
     RECORDS,
     Readable,
@@ -70,7 +71,9 @@ def look_around(modules: list[nn.Module], function: object = None) -> tuple[Pyth
         found += [
             (f"{kind.__name__}.{name}", look.whole(value) if name in known.searched else look.at(value))
             for kind, name, value in held
-            if name in known.attributes or (issubclass(kind, known.searching) and _is_record(value))
+            if name in known.attributes
+            or (name in known.filled and type(value) not in LOGS)
+            or (issubclass(kind, known.searching) and _is_record(value))
         ]
         if look.kinds <= met and look.functions <= functions:
             break

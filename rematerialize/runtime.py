@@ -151,6 +151,7 @@ class TrainingStep:
                 node = joint.outputs[index]
                 assert node is not None
                 results.append(private.view_again(base, node.meta["val"], alias))
+        self.captured.leave()
         return self.captured.pack_outputs(results)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rematerialize import torch_private as private
 from rematerialize.capture import FlatInputs, Hole
+from rematerialize.drivers import refuse_drivers
 from rematerialize.python_code import PLAIN
 from rematerialize.python_state import PythonState, fingerprint, python_state
 
@@ -23,12 +24,18 @@ def signature(model: nn.Module, inputs: FlatInputs) -> tuple[Hashable, PythonSta
     numbers: dict[int, int] = {}
     tensors: list[Tensor] = list(inputs.tensors)
     modules = _modules(model)
-    parts = [_part(module, module is model, numbers, tensors) for module in modules]
+    try:
+        parts = [_part(module, module is model, numbers, tensors) for module in modules]
+    except KeyError:
+        refuse_drivers(model)  # parts that torch.jit made have no table of their own
+        raise
     layouts = [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.is_conj(), t.is_neg()) for t in tensors]
     constants = [leaf if isinstance(leaf, Hole) else fingerprint(leaf) for leaf in inputs.leaves]
+    # Of inputs only: libraries mark parameters in their own ways.
+    marks = tuple([(at, fingerprint(vars(t))) for at, t in enumerate(inputs.tensors) if vars(t)])
     own = vars(model).get("forward")
     state = python_state(modules, getattr(own, "own_forward", own))
-    return (inputs.spec, tuple(constants), tuple(layouts), _shared(tensors), tuple(parts), _modes()), state
+    return (inputs.spec, tuple(constants), tuple(layouts), marks, _shared(tensors), tuple(parts), _modes()), state
 
 
 def _shared(tensors: list[Tensor]) -> Hashable:

@@ -303,7 +303,7 @@ def _expanded(value: Tensor) -> bool:
 # Autograd's formulas hand these a contiguous gradient (torch's derivatives.yaml); every other kernel gets what comes.
 _TRACED_LAYOUT = frozenset(
     {aten.native_group_norm_backward, aten._cdist_backward, aten._weight_norm_interface_backward, aten.as_strided}
-    | {aten._reshape_alias, aten.view_as_complex, aten.view_as_real, aten.convolution_backward}
+    | {aten._reshape_alias, aten.view_as_complex, aten.view_as_real}
     | {aten.cudnn_batch_norm_backward, aten.miopen_batch_norm_backward}
 )
 

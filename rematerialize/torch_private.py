@@ -639,8 +639,17 @@ def trace_joint(
         traced = _read_joint(joint, len(primals))
         if len(traced.tangents) > 1:
             _tell_reach(traced, reach.nodes)
+        _forget_real_tensors(traced)
         tellers = [tuple(_positions(mask) for mask in masks) for masks in reach.tellers if len({*masks}) > 1]
         return replace(traced, tellers=tuple(tellers))
+
+
+def _forget_real_tensors(joint: JointTrace) -> None:
+    """Drop what fake tensors remember of those that they were made of: a weak reference forbids ``swap_tensors``."""
+    for node in joint.primals:
+        mode = getattr(node.meta["val"], "fake_mode", None)
+        if mode is not None:
+            mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
 
 
 def _positions(mask: int) -> frozenset[int]:

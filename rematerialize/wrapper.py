@@ -88,6 +88,8 @@ class RematerializedForward:
     @private.outside_of_dynamo
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = flatten_inputs(args, without_past(self.original, args, kwargs))
+        if not any(tensor.requires_grad for tensor in itertools.chain(self.model.parameters(), inputs.tensors)):
+            return self.original(*args, **kwargs)  # all is frozen: there is nothing to plan
         check_surroundings(itertools.chain(inputs.tensors, self.model.parameters(), self.model.buffers()))
         with self._lock:  # a capture in another thread puts tensors of its own into the model for a while
             step = self.step_for(inputs)
@@ -111,6 +113,9 @@ class RematerializedForward:
             before = next(reversed(self._steps), None)
             entry = self.plan_signature(self.model, self.original, inputs)
             self._steps[key] = (*entry, tuple(self.model.modules()))
+            if entry[1].captured.settles:  # the next call will find what this one leaves: it needs no plan of its own
+                with entry[1].captured.settled():
+                    self._steps[signature(self.model, inputs), key[1]] = self._steps[key]
             while len(self._steps) > self.max_plans:
                 self._steps.popitem(last=False)
         made = entry[0]

@@ -30,25 +30,22 @@ _CHUNK_OF_SQRT = 0.7
 class splitting_recurrences(TorchFunctionMode):
     """While active, unpacked one-directional LSTMs run layer by layer over chunks of the time axis.
 
-    With ``split=False`` they run whole. ``found`` says whether there were any; ``called`` lists the functions that
-    ran, for comparing one call of a forward with the next, and ``looked`` is what the first look at a value raised,
-    which the forward may have caught. ``drew`` is told of every generator that a function was given.
+    With ``split=False`` they run whole. ``found`` says whether there were any, and ``looked`` is what the first
+    look at a value raised, which the forward may have caught. ``drew`` is told of every generator that a function was
+    given.
     """
 
     def __init__(self, split: bool) -> None:
         super().__init__()
         self.split = split
         self.found = False
-        self.called: list[Callable[..., Any]] = []
         self.looked: Exception | None = None
         self.drew: Callable[[torch.Generator], None] | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") != "__get__":
-            self.called.append(func)
-        refuse_before(func, sys._getframe(1).f_code.co_filename)
+        refuse_before(func, sys._getframe(1).f_code)
         if func is torch.lstm and not kwargs and _splittable(args):
             self.found = True
             if self.split:

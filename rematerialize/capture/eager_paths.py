@@ -102,8 +102,9 @@ def _product(node: Any) -> _Call | None:
         whole = forward.target is aten.prod.default
         if not whole and forward.args[1] % x.meta["val"].dim() != dim % x.meta["val"].dim():
             continue
-        # All elements of one value in their order, or the same dimensions: the slices are of a flat view in the former.
-        if _identity(forward.args[0]) == _identity(x) and (whole or _shape(forward.args[0]) == _shape(x)):
+        # The slices are of the value itself, or of all its elements in their order where the product was of all.
+        same_shape = len(_shape(x)) == 1 if whole else _shape(forward.args[0]) == _shape(x)
+        if same_shape and _identity(forward.args[0]) == _identity(x):
             return product_backward, (node.args[0], others, x, forward, None if whole else forward.args[1])
     return None
 

@@ -72,6 +72,11 @@ def explain(error: Exception, *, in_backward: bool) -> CaptureError:
             f"the forward copies a module or a parameter (copy.deepcopy){place}, which isn't a leaf in a trace: make "
             "the copy once, outside of the forward, or call torch.func.functional_call with other values"
         )
+    if "you can only change requires_grad flags of leaf" in text:
+        return CaptureError(
+            f"the forward freezes a part of itself{place} (requires_grad_(False)): do it before the forward (the step "
+            "is planned again), or detach() what the part returns"
+        )
     if "Cannot assign non-leaf Tensor to parameter" in text:
         return CaptureError(
             f"the forward assigns a parameter{place}: tie weights once, outside of the forward, or call "

@@ -174,6 +174,8 @@ class _Builder:
                     continue
                 if maker.phase != kernel.phase or maker.head in self.updates or name in self.kept:
                     continue
+                if any(read != name and read in maker.writes for read in kernel.reads):
+                    continue  # the sum of two results of one op: it would wait for itself
                 ready = self._inputs_ready(maker, kernel, name)
                 if self._can_join(maker, kernel, position, ready):
                     self._join(maker, kernel, form, name, position, ready)

@@ -1,8 +1,9 @@
 """Python state around a trace: put back what the forward changes, refuse what a planned step can't repeat.
 
 A planned step runs the recorded tensor operations, not the forward's Python. Caches that the forward fills are
-harmless: they are put back, and what they hold is part of the step. Counters, Python's own random numbers, losses
-left on an attribute, and values that the next call reads would silently be missed: they are refused.
+harmless: they are put back, and what they hold is part of the step. Plain values that it sets (a size, a mode) the step
+sets, too. Counters, Python's own random numbers, losses left on an attribute, and tensors that the next call reads
+would silently be missed: they are refused.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from rematerialize.errors import CaptureError
 from rematerialize.python_code import RECORDS, own
 
 _LIBRARIES = ("torch", "sympy", "numpy", "rematerialize")
-_PLAIN = (int, float, bool, str, complex)
+_PLAIN = (int, float, bool, str, complex, type(None))
 _CONTAINERS = (list, dict, set, deque)
 _TABLES = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()
@@ -74,13 +75,15 @@ class FunctionCaches:
 class Holder:
     """A place where a forward can leave things: the attributes of a module or a record, or a container.
 
-    ``name`` is what people call it, ``module`` the module whose attributes these are.
+    ``name`` is what people call it, ``module`` the module whose attributes these are, ``owner`` the name of the module
+    below which it is.
     """
 
     name: str
     table: Any
     module: nn.Module | None = None
     attributes: bool = False
+    owner: str = ""
 
     def name_of(self, key: Any) -> str:
         """What people call an entry."""
@@ -94,89 +97,105 @@ def holders_of(model: nn.Module) -> list[Holder]:
     found: list[Holder] = []
     seen: set[int] = set()
 
-    def visit(name: str, value: Any, depth: int) -> None:
+    def visit(name: str, value: Any, depth: int, owner: str) -> None:
         if depth > _DEPTH or id(value) in seen or isinstance(value, Tensor):
             return
         if isinstance(value, nn.Module):
             for prefix, module in value.named_modules():
                 if id(module) not in seen:
                     seen.add(id(module))
-                    add(Holder(".".join(filter(None, (name, prefix))), vars(module), module, True), depth)
+                    full = ".".join(filter(None, (name, prefix)))
+                    add(Holder(full, vars(module), module, True, full), depth)
         elif isinstance(value, _CONTAINERS):
             seen.add(id(value))
             if len(value) <= _MANY:
-                add(Holder(name, value), depth)
+                add(Holder(name, value, owner=owner), depth)
         elif _is_record(value):
             seen.add(id(value))
-            add(Holder(name, vars(value), None, True), depth)
+            add(Holder(name, vars(value), None, True, owner), depth)
 
     def add(holder: Holder, depth: int) -> None:
         found.append(holder)
         for key, value in [*_entries(holder.table)]:
             if holder.module is None or key not in _TABLES:
-                visit(holder.name_of(key), value, depth + 1)
+                visit(holder.name_of(key), value, depth + 1, holder.owner)
 
-    visit("", model, 0)
+    visit("", model, 0, "")
     return found
 
 
+def logs_of(places: Iterable[tuple[str, Any]]) -> list[Holder]:
+    """Containers outside of the model that its forward fills."""
+    return [Holder(path, value) for path, value in places if isinstance(value, _CONTAINERS) and len(value) <= _MANY]
+
+
+Values: TypeAlias = dict[tuple[int, Any], Any]
+"""Plain values, by the number of the holder where they stand and the key."""
+
+
 @dataclass(slots=True)
-class Settled:
-    """What the traced calls before this one left.
+class Left:
+    """What the last traced call left.
 
     Attributes
     ----------
-    values : dict
-        Plain values that the first call set, by the holder's number and the key.
-    calls : int
-        How many there were.
-    kept : dict
-        Tensors that the last call left, by the holder's number and the key: what they were computed from, as
-        ``origins`` tells; None where it can't be known.
+    values : Values
+        Plain values other than it found there.
+    tensors : dict
+        Where it left tensors, by the holder's number and the key: what they were computed from, as ``origins`` tells;
+        None where it can't be known.
+    objects : bool
+        Whether it left anything else: containers, functions, objects.
     """
 
-    values: dict[tuple[int, Any], Any] = field(default_factory=dict)
-    calls: int = 0
-    kept: dict[tuple[int, Any], Set[int] | None] = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
+    tensors: dict[tuple[int, Any], Set[int] | None] = field(default_factory=dict)
+    objects: bool = False
 
 
 class unchanged_python:
     """A context for one call of a forward: on exit everything is as it was, or a CaptureError says what isn't.
 
-    A trace calls the forward more than once. A plain value may be set in the first call if the next one, which
-    starts from that value, leaves it there (``self.window_size = ...`` from the input's shape): ``settled`` carries
-    such values from call to call. A counter moves on, and is refused.
+    ``left`` is told what the forward had left there.
 
     Parameters
     ----------
     holders : sequence of Holder
     caches : FunctionCaches
-    settled : Settled
+    left : Left
     origins : callable
         Tensor to the primals from which it was computed, None where nothing is recorded.
+    read : collection of str
+        Names of attributes that the forward reads: a list among them that grows is a state.
+    start : Values, optional
+        What an earlier call left. This one finds it there, and must leave it: what moves on is a counter.
     poisoned : collection
-        Keys as in ``Settled.kept``: whatever reads there what the last call left is refused.
+        Keys as in ``Left.tensors``: whatever reads there what the last call left is refused.
     """
 
     def __init__(
         self,
         holders: Sequence[Holder],
         caches: FunctionCaches,
-        settled: Settled,
+        left: Left,
         origins: Callable[[Tensor], Set[int] | None],
+        *,
+        read: Container[str] = (),
+        start: Values | None = None,
         poisoned: Iterable[tuple[int, Any]] = (),
     ) -> None:
         self.holders = holders
         self.caches = caches
-        self.settled = settled
+        self.left = left
         self.origins = origins
+        self.read = read
+        self.start = start or {}
         self.poisoned = poisoned
 
     def __enter__(self) -> None:
-        self.before = [_copied(holder.table) for holder in self.holders]
+        self.before = contents(self.holders)
         self.tables = [[dict(h.table[t]) for t in _TABLES] if h.module is not None else [] for h in self.holders]
-        for (index, key), value in self.settled.values.items():
-            self.holders[index].table[key] = value
+        put(self.holders, self.start)
         for index, key in self.poisoned:
             _put(self.holders[index].table, key, _LeftBehind.under(self.holders[index].name_of(key)))
         self.random = random.getstate()
@@ -188,13 +207,12 @@ class unchanged_python:
         self.caches.forget()
         found = self._restore_generators()
         made: list[str] = []
-        self.settled.kept = {}
+        self.left.values, self.left.tensors, self.left.objects = {}, {}, False
         for index, holder in enumerate(self.holders):
             made += self._made(index, holder)
             found += self._moved(index, holder)
-            found += self._left(index, holder)
+            found += self._kept(index, holder)
             _refill(holder.table, self.before[index])
-        self.settled.calls += 1
         if kind is None and (made or found):
             raise CaptureError((_MADE if made else _LOST).format(names=", ".join((made or found)[:3])))
 
@@ -207,28 +225,44 @@ class unchanged_python:
         return made
 
     def _moved(self, index: int, holder: Holder) -> list[str]:
-        """Plain values that the forward set to others than it found, the first call's excused."""
-        if not isinstance(holder.table, dict | list):
-            return []
+        """Note plain values that the forward set to others than it found; returns the names of those that move on."""
         moved = []
-        for key, now in _entries(holder.table):
-            before = self.settled.values.get((index, key), _entry(self.before[index], key))
-            grown = before is _ABSENT and isinstance(holder.table, list)  # a log that is filled is no counter
-            if isinstance(now, _PLAIN) and not grown and _settles(before) and now != before:
-                if self.settled.calls:
-                    moved.append(holder.name_of(key))
-                self.settled.values[index, key] = now
+        for key, now in _entries(holder.table) if not isinstance(holder.table, set) else ():
+            before = self.start.get((index, key), _entry(self.before[index], key))
+            if not isinstance(now, _PLAIN) or not _settles(before) or (type(now) is type(before) and now == before):
+                continue
+            if isinstance(holder.table, list | deque) and before is _ABSENT:  # a log, unless it's read
+                if _attribute(holder.name) in self.read:
+                    moved.append(holder.name)
+                continue
+            if self.start:
+                moved.append(holder.name_of(key))
+            self.left.values[index, key] = now
+        if (
+            isinstance(holder.table, set)
+            and holder.table != self.before[index]
+            and _attribute(holder.name) in self.read
+        ):
+            moved.append(holder.name)
         return moved
 
-    def _left(self, index: int, holder: Holder) -> list[str]:
-        """Note tensors that the forward left; returns the names of those that must not be lost.
+    def _kept(self, index: int, holder: Holder) -> list[str]:
+        """Note tensors and objects that the forward left; returns the names of tensors that must not be lost.
 
         A weight with a ``_orig`` parameter is computed from it at each call (spectral_norm, prune).
         """
         lost = []
         known = {id(value) for _, value in _entries(self.before[index])}
         for key, now in _entries(holder.table):
-            if not isinstance(now, Tensor) or isinstance(now, _LeftBehind) or id(now) in known:
+            if isinstance(now, (_LeftBehind, *_PLAIN)) or id(now) in known:
+                continue
+            if not isinstance(now, Tensor):
+                if not (holder.module is not None and key in _TABLES):
+                    self.left.objects = True
+                if isinstance(now, list | tuple | dict) and any(
+                    isinstance(value, Tensor) and value.requires_grad for value in _flat(now)
+                ):
+                    lost.append(holder.name_of(key))
                 continue
             before = _entry(self.before[index], key)
             derived = isinstance(before, Tensor) and before.grad_fn is not None  # weight_norm's weight
@@ -237,7 +271,7 @@ class unchanged_python:
             if now.requires_grad:
                 lost.append(holder.name_of(key))
             elif not isinstance(holder.table, set):
-                self.settled.kept[index, key] = self.origins(now)
+                self.left.tensors[index, key] = self.origins(now)
         return lost
 
     def _restore_generators(self) -> list[str]:
@@ -280,6 +314,27 @@ def _flat(values: Any) -> Iterable[Any]:
             yield from _flat(value)
         else:
             yield value
+
+
+def contents(holders: Sequence[Holder]) -> list[Any]:
+    """Return what the holders hold now, for `put_back`."""
+    return [_copied(holder.table) for holder in holders]
+
+
+def put_back(holder: Holder, before: Any) -> bool:
+    """Put back what a holder held; return whether it still did."""
+    return not _refill(holder.table, before)
+
+
+def put(holders: Sequence[Holder], values: Values) -> None:
+    """Put plain values where they belong."""
+    for (index, key), value in values.items():
+        holders[index].table[key] = value
+
+
+def _attribute(name: str) -> str:
+    """The attribute below which a container stands: "history" of "blocks.0.history['a']"."""
+    return name.partition("[")[0].rpartition(".")[2]
 
 
 class kept_whole:
@@ -337,7 +392,8 @@ def _put(container: Any, key: Any, value: Any) -> None:
         container.append(value)
 
 
-def _refill(container: Any, before: Any) -> None:
+def _refill(container: Any, before: Any) -> bool:
+    """Fill a container with what it held before; return whether it held something else."""
     same = len(container) == len(before)
     if same and isinstance(container, dict):
         same = all(key in before and before[key] is value for key, value in container.items())
@@ -351,3 +407,4 @@ def _refill(container: Any, before: Any) -> None:
             container.extend(before)
         else:
             container.update(before)
+    return not same

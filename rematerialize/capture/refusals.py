@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,18 @@ _WAYS = (
         ("utils/loop.py", "torch_geometric"),
         "how many self-loops there are is known only at run time: put them into edge_index before the call and build "
         "the layers with add_self_loops=False",
+    ),
+    (
+        ("nn/modules/transformer.py",),
+        "pass is_causal=True or is_causal=False beside the mask, so that the layer needn't look at its values",
+    ),
+    (
+        ("ctc_loss",),
+        "return the log-probabilities and compute the loss outside of the wrapped module",
+    ),
+    (
+        ("linalg_lstsq",),
+        "use torch.linalg.solve or torch.linalg.pinv, which don't look at the rank",
     ),
     (
         ("aten.nonzero", "aten.masked_select", "aten.unique", "aten._unique"),
@@ -85,30 +98,67 @@ _TO_SPARSE = frozenset(
 )
 
 
-def refuse_scripted(model: nn.Module) -> None:
-    """Parts that torch.jit compiled hold their tensors elsewhere."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
+def refuse_iterators(leaves: Sequence[Any]) -> None:
+    """A trace would use them up, and know what came out of them only."""
+    for leaf in leaves:
+        if hasattr(type(leaf), "__next__"):
             raise CaptureError(
-                f"{name or 'the model'!r} was compiled by torch.jit (script or trace), into which a trace can't look: "
-                "use the module that it was made of"
+                f"an input is an iterator ({type(leaf).__name__}), which gives other values at every call: pass a list "
+                "or a tuple of what it gives"
             )
 
 
-def refuse_before(function: Any, caller: str) -> None:
-    """Refuse what a trace would miss or not survive, before the forward does it; ``caller`` is the calling file."""
+class unchanged_arguments:
+    """A context for one call of a traced forward: raises CaptureError if it changes a list or dict that it was given.
+
+    A planned step is given tensors only: what eager leaves in the caller's containers would be missing.
+    """
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.found: list[tuple[str, Any, list[Any]]] = []
+        for at, value in (*enumerate(args), *kwargs.items()):
+            self._note(f"input {at}" if isinstance(at, int) else f"input {at!r}", value)
+
+    def _note(self, name: str, value: Any) -> None:
+        if isinstance(value, dict | list | set):
+            self.found.append((name, value, _content(value)))
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        for entry in inner:
+            self._note(name, entry)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for name, value, before in self.found if kind is None else ():
+            now = _content(value)
+            if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+                raise CaptureError(
+                    f"the forward changes the {type(value).__name__} that it is given as {name}, which a planned step "
+                    "doesn't: let it work on a copy (dict(batch), list(values)), and return what is new"
+                )
+
+
+def _content(value: Any) -> list[Any]:
+    return [part for item in value.items() for part in item] if isinstance(value, dict) else list(value)
+
+
+def refuse_before(function: Any, caller: types.CodeType) -> None:
+    """Refuse what a trace would miss or not survive, before the forward does it; ``caller`` is the calling code."""
     name = getattr(function, "__name__", "")
     if name == "__set__" and function == private.SET_DATA:
         raise CaptureError(
             f"the forward assigns to .data of a tensor{_here()}, which a recorded step can't repeat: change the tensor "
             "in place under torch.no_grad() instead (weight.copy_(value))"
         )
-    if name == "__get__" and function == private.GET_GRAD and private.is_users(caller):
+    zeroed = caller.co_name == "zero_grad"
+    if name == "__get__" and function == private.GET_GRAD and (zeroed or private.is_users(caller.co_filename)):
+        does = "clears" if zeroed else "reads"
         raise CaptureError(
-            f"the forward reads .grad of a tensor{_here()}, which changes from step to step and isn't part of a plan: "
-            "pass it as an input"
+            f"the forward {does} .grad of a tensor{_here()}, which changes from step to step and isn't part of a plan: "
+            "pass it as an input, and clear it between steps"
         )
-    if name == "__get__" and function in private.GET_PLACE and private.is_users(caller):
+    if name == "__get__" and function in private.GET_PLACE and private.is_users(caller.co_filename):
         raise CaptureError(
             f"the forward asks where a tensor comes from{_here()} (is_leaf, grad_fn), which a trace answers otherwise "
             "than eager: decide by what the caller knows, or by requires_grad"

@@ -7,9 +7,10 @@ runtime can put it back around the rewritten graph.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,12 +29,30 @@ from rematerialize.capture.generators import (
 )
 from rematerialize.capture.kernel_layouts import kernel_dtype, kernel_result, kernel_strides
 from rematerialize.capture.known_values import KnownValues
-from rematerialize.capture.purity import FunctionCaches, Settled, holders_of, kept_whole, unchanged_python
+from rematerialize.capture.purity import (
+    FunctionCaches,
+    Holder,
+    Left,
+    Values,
+    contents,
+    holders_of,
+    kept_whole,
+    logs_of,
+    put_back,
+    unchanged_python,
+)
 from rematerialize.capture.python_random import kept_python
-from rematerialize.capture.refusals import refuse_linearize, refuse_odd_primals, refuse_scripted, refuse_unplannable
+from rematerialize.capture.refusals import (
+    refuse_iterators,
+    refuse_linearize,
+    refuse_odd_primals,
+    refuse_unplannable,
+    unchanged_arguments,
+)
 from rematerialize.errors import CaptureError
-from rematerialize.python_state import PythonState, changed, python_state
+from rematerialize.python_state import PythonState, changed, look_around, python_state
 
+_ABSENT = object()
 _PLAIN_TYPES = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -95,7 +114,8 @@ class CapturedStep:
     ``slots[i]`` is the home of primal ``i``; the primals after them are the input tensors. ``output_leaves``
     holds a ``Hole`` (an index into the flat tensor outputs) or a constant per output leaf. ``splittable``:
     a capture with ``split_recurrences`` would be finer. ``asked``: input tensors on which the forward itself calls
-    ``requires_grad_()``.
+    ``requires_grad_()``. ``left``: plain values that the forward sets; ``settles`` if the same step is right for a
+    call that finds them there.
     """
 
     joint: private.JointTrace
@@ -104,6 +124,32 @@ class CapturedStep:
     output_spec: private.TreeSpec
     splittable: bool = False
     asked: tuple[int, ...] = ()
+    left: tuple[tuple[Holder, Any, Any], ...] = ()
+    settles: bool = False
+
+    def leave(self) -> None:
+        """Set what the forward sets of Python's values."""
+        for holder, key, value in self.left:
+            holder.table[key] = value
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """The model as a call of the forward leaves it, for a while."""
+        before = [
+            (holder.table, key, holder.table.get(key, _ABSENT))
+            if isinstance(holder.table, dict)
+            else (holder.table, key, holder.table[key])
+            for holder, key, _ in self.left
+        ]
+        self.leave()
+        try:
+            yield
+        finally:
+            for table, key, value in before:
+                if value is _ABSENT:
+                    table.pop(key, None)
+                else:
+                    table[key] = value
 
     def primal_names(self) -> list[str]:
         """What people call the primals: qualified names, then "input 0" and so on."""
@@ -195,7 +241,7 @@ def capture(
 def _capture(
     model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs, split_recurrences: bool
 ) -> CapturedStep:
-    refuse_scripted(model)
+    refuse_iterators(inputs.leaves)
     slots = tensor_slots(model)
     primals = [slot.read() for slot in slots]
     known = {id(tensor) for tensor in primals}
@@ -221,12 +267,15 @@ def _capture(
             recorder, joint = trace(compiling=True)
         except _NotTracedError as error:
             raise error.told from error.__cause__
-    left = _left_of_data(recorder.settled, joint, slots)
-    if left:
+    written = _left_of_data(recorder.left, joint, slots)
+    lasting = _lasting(recorder, written)
+    settles = False
+    if written or lasting:
         try:
-            trace(compiling=compiling, poisoned=left)
+            _, again = trace(compiling=compiling, poisoned=written, start=lasting)
         except _NotTracedError as error:
             raise error.told from error.__cause__
+        settles = _alike(joint, again)
     resolve_generators(joint, recorder.generators)
     refuse_unplannable(joint, names)
     if recorder.structure is None:
@@ -235,7 +284,8 @@ def _capture(
         _tell_of_hooks(model)
     leaves, spec = recorder.structure
     splittable = recorder.recurrences.found and not split_recurrences
-    return CapturedStep(joint, slots, leaves, spec, splittable)
+    left = tuple((recorder.holders[index], key, value) for (index, key), value in lasting.items())
+    return CapturedStep(joint, slots, leaves, spec, splittable, left=left, settles=settles)
 
 
 class _NotTracedError(Exception):
@@ -256,8 +306,9 @@ def _traced(
     *,
     compiling: bool,
     poisoned: frozenset[tuple[int, Any]] = frozenset(),
+    start: Values | None = None,
 ) -> tuple[_Recorder, private.JointTrace]:
-    recorder = _Recorder(model, forward, inputs, slots, splitting_recurrences(split_recurrences), poisoned)
+    recorder = _Recorder(model, forward, inputs, slots, splitting_recurrences(split_recurrences), poisoned, start)
     try:
         with (
             kept_whole(recorder.holders),
@@ -287,23 +338,29 @@ class _Recorder:
         slots: tuple[TensorSlot, ...],
         recurrences: splitting_recurrences,
         poisoned: frozenset[tuple[int, Any]],
+        start: Values | None,
     ) -> None:
         self.recurrences = recurrences
         self.poisoned = poisoned
+        self.start = start
+        known = look_around(list(model.modules()), forward)[2]
+        self.read = known.attributes
         self.generators = own_generators(model, inputs.leaves)
         self.caches = FunctionCaches()
-        self.holders = holders_of(model)
-        self.settled = Settled()
+        self.holders = [*holders_of(model), *logs_of((path, scope[name]) for path, scope, name, _ in known.logs)]
+        self.left = Left()
         self.model = model
         self.forward = forward
         self.inputs = inputs
         self.slots = slots
         self.homes = _homes(model, slots)
+        self.trained = [slot.read().requires_grad for slot in slots]
         self.structure: tuple[tuple[Any, ...], private.TreeSpec] | None = None
         self.in_backward = False
         self.casts = WeightCasts([*(slot.read() for slot in slots), *inputs.tensors])
         self.state: PythonState | None = None
         self.versions: list[tuple[Tensor, int]] = []  # of what the last call was given, when it was done
+        self.done: list[Any] = []  # what the holders held then
 
     def __call__(self, *flat: Tensor) -> Sequence[Tensor]:
         self.in_backward = False
@@ -311,11 +368,19 @@ class _Recorder:
         args, kwargs = self.inputs.rebuild(flat[len(self.slots) :])
         with _swapped(self.homes, flat), self.recurrences, private.own_saving_hooks(_refuse_hooks):
             # Inside the swap: attributes are compared with the values that the swap put there.
-            previous, self.recurrences.called = self.recurrences.called, []
             seeding = unseeded_generators(self.generators)
             self.recurrences.drew = seeding.drew
             with (
-                unchanged_python(self.holders, self.caches, self.settled, private.origins, self.poisoned),
+                unchanged_python(
+                    self.holders,
+                    self.caches,
+                    self.left,
+                    private.origins,
+                    read=self.read,
+                    start=self.start,
+                    poisoned=self.poisoned,
+                ),
+                unchanged_arguments(args, kwargs),
                 seeding,
                 private.spied_default_generator(refuse_seeding),
                 self.casts.of_call(flat),
@@ -323,13 +388,9 @@ class _Recorder:
                 output = self.forward(*args, **kwargs)
             if self.recurrences.looked is not None:  # and the forward caught what it raised
                 raise self.recurrences.looked
-            if self.settled.values and self.settled.calls > 1 and self.recurrences.called != previous:
-                raise CaptureError(
-                    "the forward computes something else once its attributes are set (an initialization at the first "
-                    "call?): call the model once before planning"
-                )
             self._refuse_moving()
             self._refuse_reassigned(flat)
+            self._refuse_unfrozen(flat)
             self._tell_of_asked(flat)
         leaves, spec = private.tree_flatten(output)
         tensors: list[Tensor] = []
@@ -357,6 +418,7 @@ class _Recorder:
         self.structure = (tuple(noted), spec)
         self.in_backward = True
         self.versions = [(tensor, tensor._version) for tensor in flat]
+        self.done = contents(self.holders)
         return tensors
 
     def _dress(self, flat: Sequence[Tensor]) -> None:
@@ -371,8 +433,16 @@ class _Recorder:
 
     def refuse_late_writes(self) -> None:
         """Refuse what a backward wrote: a recorded backward returns gradients, and nothing else."""
-        pairs = zip(_primal_names(self.slots, len(self.inputs.tensors)), self.versions, strict=True)
-        written = [name for name, (tensor, version) in pairs if tensor._version != version]
+        tensors = zip(_primal_names(self.slots, len(self.inputs.tensors)), self.versions, strict=True)
+        written = [name for name, (tensor, version) in tensors if tensor._version != version]
+        held = zip(self.holders, self.done, strict=True)
+        filled = [holder.name for holder, before in held if not put_back(holder, before)]
+        if filled:
+            raise CaptureError(
+                f"the backward changes {', '.join(filled[:3])} (an autograd.Function's, or a hook's), which a recorded "
+                "backward can't repeat: register the hook on an output of the wrapped module, or look at gradients "
+                "between steps"
+            )
         if written:
             raise CaptureError(
                 f"the backward changes {', '.join(written[:3])} (an autograd.Function's, or a hook's), which a "
@@ -387,6 +457,14 @@ class _Recorder:
                 f"the forward changes {', '.join(changed(before, self.state)[:3])} at every call, which a planned step "
                 "can't repeat: make a counter a buffer (register_buffer), or change it outside of the forward"
             )
+
+    def _refuse_unfrozen(self, flat: Sequence[Tensor]) -> None:
+        for slot, now, needed in zip(self.slots, flat, self.trained, strict=False):
+            if now.requires_grad and not needed:
+                raise CaptureError(
+                    f"the forward calls requires_grad_() on {slot.name!r}, which a planned step doesn't: call it "
+                    "before the forward (the step is planned again)"
+                )
 
     def _tell_of_asked(self, flat: Sequence[Tensor]) -> None:
         tensors = zip(flat[len(self.slots) :], self.inputs.tensors, strict=True)
@@ -403,9 +481,26 @@ class _Recorder:
                 )
 
 
-def _left_of_data(
-    settled: Settled, joint: private.JointTrace, slots: Sequence[TensorSlot]
-) -> frozenset[tuple[int, Any]]:
+def _lasting(recorder: _Recorder, written: frozenset[tuple[int, Any]]) -> Values:
+    """The plain values that a planned step can set as the forward does.
+
+    Not those that go with what it can't leave: objects that the first call makes (hooks that a flag tells of), and
+    caches (a length that goes with a table). There each step begins as the first one did.
+    """
+    left = recorder.left
+    if left.objects:
+        return {}
+    caches = {recorder.holders[place[0]].owner for place in left.tensors.keys() - written}
+    return {place: value for place, value in left.values.items() if recorder.holders[place[0]].owner not in caches}
+
+
+def _alike(one: private.JointTrace, other: private.JointTrace) -> bool:
+    """Whether two traces are of the same operations; those with constants of their own may differ in these."""
+    constants = any(node.op == "get_attr" for node in one.graph.nodes)
+    return not constants and str(one.graph) == str(other.graph)
+
+
+def _left_of_data(left: Left, joint: private.JointTrace, slots: Sequence[TensorSlot]) -> frozenset[tuple[int, Any]]:
     """Where the forward leaves tensors that another call would compute anew, and differently: what follows from data,
     from what is trained, written or drawn. What follows from shapes and constant buffers is a cache.
     """
@@ -415,7 +510,7 @@ def _left_of_data(
         return 0 <= primal < len(slots) and primal not in written and not slots[primal].read().requires_grad
 
     return frozenset(
-        place for place, origins in settled.kept.items() if origins is None or not all(map(constant, origins))
+        place for place, origins in left.tensors.items() if origins is None or not all(map(constant, origins))
     )
 
 
@@ -467,12 +562,14 @@ class _swapped:
 
 
 def _tell_of_hooks(model: nn.Module) -> None:
-    """Hooks of inner modules are called by the trace only; torch's own (weight_norm's) do nothing else."""
+    """Hooks of inner modules are called by the trace only; those of torch (weight_norm) and transformers (outputs of
+    layers) do nothing else.
+    """
     for name, module in model.named_modules():
         own = vars(module)
         kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
         hooks = [hook for kind in kinds for hook in own[kind].values()] if name else []
-        if any(not (getattr(hook, "__module__", "") or "").startswith("torch.") for hook in hooks):
+        if any(not (getattr(hook, "__module__", "") or "").startswith(("torch.", "transformers.")) for hook in hooks):
             warnings.warn(
                 f"the hooks of the inner module {name!r} run while a step is captured, not at every step: what they "
                 "change of values and gradients is part of the step, what they leave elsewhere is lost. Return such "
