@@ -142,11 +142,11 @@ class _Search:
             fields = table.get("__dataclass_fields__", ())  # an object has its own
             for name in sorted(table if everything else table.keys() & self.names):
                 if not _DUNDER(name) and name not in fields and counts(table[name]):
-                    self._keep(self.data, id(owner), (f"{owner.__name__}.{name}", table, name, owner))
+                    self._keep(self.data, owner, (f"{owner.__name__}.{name}", table, name, owner))
             named = sorted(table.keys() & (self.names | _UNNAMED))
             methods = [name for name in named if isinstance(table[name], _METHODS)]
             if methods:
-                self._keep(self.code, id(owner), (f"{owner.__name__}'s methods", _Methods(table, methods), "", owner))
+                self._keep(self.code, owner, (f"{owner.__name__}'s methods", _Methods(table, methods), "", owner))
         names = frozenset(self.names)
         attributes = names | self.of_torch | {"forward"}
         data = tuple(self.data.values())
@@ -211,7 +211,7 @@ class _Search:
         for name in sorted((mentioned | found.filled) & scope.keys()):
             value = scope[name]
             if name in found.filled and type(value) in LOGS:
-                self._keep(self.logs, id(scope), (f"{function.__module__}.{name}", scope, name, None))
+                self._keep(self.logs, scope, (f"{function.__module__}.{name}", scope, name, None))
                 continue
             if isinstance(value, types.ModuleType):
                 self._module(value, found)
@@ -234,7 +234,7 @@ class _Search:
         for index, name in enumerate(function.__code__.co_freevars):
             scope = _Cell(function, index)
             if name in found.filled and type(scope[name]) in LOGS:
-                self._keep(self.logs, scope.key, (f"{name} of {function.__qualname__}", scope, name, None))
+                self._keep(self.logs, scope, (f"{name} of {function.__qualname__}", scope, name, None))
                 continue
             if name != "__class__" and (name in mentioned or not counts(scope[name])):
                 self._note(f"{name} of {function.__qualname__}", scope, name)
@@ -242,21 +242,25 @@ class _Search:
     def _note(self, path: str, scope: Any, name: str, *, made: bool = False) -> None:
         """Remember a place, for data or for code, and search the code that it holds; ``made``: if a class, called."""
         value = scope[name]
-        key = scope.key if isinstance(scope, _Cell) else id(scope)
         if _DUNDER(name):
             return
         if isinstance(value, CODE):
-            self._keep(self.code, key, (path, scope, name, None))
+            self._keep(self.code, scope, (path, scope, name, None))
         elif counts(value):
-            self._keep(self.data, key, (path, scope, name, None))
+            self._keep(self.data, scope, (path, scope, name, None))
         self.push(value)
         for base in value.__mro__ if made and isinstance(value, type) and not issubclass(value, nn.Module) else ():
             for method in _MAKING & vars(base).keys():
                 self.push(vars(base)[method])
 
     @staticmethod
-    def _keep(places: dict[tuple[int, str], Place], key: int, place: Place) -> None:
-        places.setdefault((key, place[2]), place)
+    def _keep(places: dict[tuple[int, str], Place], owner: object, place: Place) -> None:
+        places.setdefault(scope_key(owner, place[2]), place)
+
+
+def scope_key(scope: object, name: str) -> tuple[int, str]:
+    """Return what tells one place from another: cells are looked at through scopes of their own."""
+    return (scope.key if isinstance(scope, _Cell) else id(scope)), name
 
 
 class _Cell:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -229,6 +230,85 @@ def test_a_function_that_tells_none_from_zeros_is_refused_where_it_would_meet_no
         assert same_gradients(eager, ours)
     with pytest.raises(RuntimeError, match=r"set_materialize_grads\(False\)"):
         ours(batch())[1].backward()
+
+
+class Again(torch.autograd.Function):
+    """Runs a part of the model again in its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: nn.Module) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.part = part
+        return part(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            torch.autograd.backward(ctx.part(x), gradients[0])
+        return x.grad, None
+
+
+def test_a_backward_that_reads_a_parameter_through_a_module_is_refused() -> None:
+    model = store_all(Asks(lambda m, x: Again.apply(m.linear(x), m.linear)))
+    with pytest.raises(remat.CaptureError, match="a backward reads a tensor that isn't part of the step"):
+        model(batch())
+
+
+# What differs, as docs/semantics.md says.
+
+
+class ByLayout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * (2 if gradients[0].is_contiguous() else 4)
+
+
+def test_a_branch_on_the_layout_of_a_gradient_is_the_traces() -> None:
+    eager, ours = twins(lambda: Asks(lambda m, x: 1.0))
+    eager.forward = lambda x: ByLayout.apply(eager.linear(x))  # type: ignore[method-assign]
+    ours.forward = lambda x: ByLayout.apply(ours.linear(x))  # type: ignore[method-assign]
+    store_all(ours)
+    for model in (eager, ours):
+        model(batch()).sum().backward()
+    assert torch.equal(eager.linear.bias.grad, 2 * ours.linear.bias.grad)
+
+
+def test_the_clock_is_that_of_the_trace() -> None:
+    model = store_all(Asks(lambda m, x: time.perf_counter()))
+    assert torch.equal(model(batch()), model(batch()))
+
+
+@torch.library.custom_op("rematerialize_tests::noisy", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def noisy(x: Tensor) -> Tensor:
+    return x * torch.rand_like(x)
+
+
+@noisy.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+noisy.register_autograd(lambda ctx, gradient: gradient)
+
+
+def test_a_custom_op_that_draws_and_says_so_is_as_in_eager() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.linear(x)
+            for _ in range(3):
+                h = F.dropout(noisy(h.tanh()), 0.5).exp()
+            return h
+
+    check_steps(Noisy, batch())
 
 
 # Kernels.

@@ -76,7 +76,7 @@ class Holder:
     """A place where a forward can leave things: the attributes of a module or a record, or a container.
 
     ``name`` is what people call it, ``module`` the module whose attributes these are, ``owner`` the name of the module
-    below which it is.
+    below which it is, ``called`` the identifier by which code reads it, "" where none does.
     """
 
     name: str
@@ -84,6 +84,7 @@ class Holder:
     module: nn.Module | None = None
     attributes: bool = False
     owner: str = ""
+    called: str = ""
 
     def name_of(self, key: Any) -> str:
         """What people call an entry."""
@@ -109,7 +110,7 @@ def holders_of(model: nn.Module) -> list[Holder]:
         elif isinstance(value, _CONTAINERS):
             seen.add(id(value))
             if len(value) <= _MANY:
-                add(Holder(name, value, owner=owner), depth)
+                add(Holder(name, value, owner=owner, called=name.partition("[")[0].rpartition(".")[2]), depth)
         elif _is_record(value):
             seen.add(id(value))
             add(Holder(name, vars(value), None, True, owner), depth)
@@ -124,9 +125,13 @@ def holders_of(model: nn.Module) -> list[Holder]:
     return found
 
 
-def logs_of(places: Iterable[tuple[str, Any]]) -> list[Holder]:
-    """Containers outside of the model that its forward fills."""
-    return [Holder(path, value) for path, value in places if isinstance(value, _CONTAINERS) and len(value) <= _MANY]
+def logs_of(places: Iterable[tuple[str, Any, str]]) -> list[Holder]:
+    """Containers outside of the model that its forward fills: what people call them, they, and how they are read."""
+    return [
+        Holder(path, value, called=called)
+        for path, value, called in places
+        if isinstance(value, _CONTAINERS) and len(value) <= _MANY
+    ]
 
 
 Values: TypeAlias = dict[tuple[int, Any], Any]
@@ -167,6 +172,8 @@ class unchanged_python:
         Tensor to the primals from which it was computed, None where nothing is recorded.
     read : collection of str
         Names of attributes that the forward reads: a list among them that grows is a state.
+    given : collection of int
+        Ids of the tensors that the step is given: a list of weights is no loss.
     start : Values, optional
         What an earlier call left. This one finds it there, and must leave it: what moves on is a counter.
     poisoned : collection
@@ -181,6 +188,7 @@ class unchanged_python:
         origins: Callable[[Tensor], Set[int] | None],
         *,
         read: Container[str] = (),
+        given: Container[int] = (),
         start: Values | None = None,
         poisoned: Iterable[tuple[int, Any]] = (),
     ) -> None:
@@ -189,6 +197,7 @@ class unchanged_python:
         self.left = left
         self.origins = origins
         self.read = read
+        self.given = given
         self.start = start or {}
         self.poisoned = poisoned
 
@@ -232,17 +241,13 @@ class unchanged_python:
             if not isinstance(now, _PLAIN) or not _settles(before) or (type(now) is type(before) and now == before):
                 continue
             if isinstance(holder.table, list | deque) and before is _ABSENT:  # a log, unless it's read
-                if _attribute(holder.name) in self.read:
+                if holder.called in self.read:
                     moved.append(holder.name)
                 continue
             if self.start:
                 moved.append(holder.name_of(key))
             self.left.values[index, key] = now
-        if (
-            isinstance(holder.table, set)
-            and holder.table != self.before[index]
-            and _attribute(holder.name) in self.read
-        ):
+        if isinstance(holder.table, set) and holder.table != self.before[index] and holder.called in self.read:
             moved.append(holder.name)
         return moved
 
@@ -260,7 +265,8 @@ class unchanged_python:
                 if not (holder.module is not None and key in _TABLES):
                     self.left.objects = True
                 if isinstance(now, list | tuple | dict) and any(
-                    isinstance(value, Tensor) and value.requires_grad for value in _flat(now)
+                    isinstance(value, Tensor) and value.requires_grad and id(value) not in self.given
+                    for value in _flat(now)
                 ):
                     lost.append(holder.name_of(key))
                 continue
@@ -330,11 +336,6 @@ def put(holders: Sequence[Holder], values: Values) -> None:
     """Put plain values where they belong."""
     for (index, key), value in values.items():
         holders[index].table[key] = value
-
-
-def _attribute(name: str) -> str:
-    """The attribute below which a container stands: "history" of "blocks.0.history['a']"."""
-    return name.partition("[")[0].rpartition(".")[2]
 
 
 class kept_whole:

@@ -50,6 +50,7 @@ from rematerialize.capture.refusals import (
     unchanged_arguments,
 )
 from rematerialize.errors import CaptureError
+from rematerialize.python_code import Readable, scope_key
 from rematerialize.python_state import PythonState, changed, look_around, python_state
 
 _ABSENT = object()
@@ -347,7 +348,7 @@ class _Recorder:
         self.read = known.attributes
         self.generators = own_generators(model, inputs.leaves)
         self.caches = FunctionCaches()
-        self.holders = [*holders_of(model), *logs_of((path, scope[name]) for path, scope, name, _ in known.logs)]
+        self.holders = [*holders_of(model), *logs_of(_logs(known))]
         self.left = Left()
         self.model = model
         self.forward = forward
@@ -377,6 +378,7 @@ class _Recorder:
                     self.left,
                     private.origins,
                     read=self.read,
+                    given=frozenset(map(id, flat)),
                     start=self.start,
                     poisoned=self.poisoned,
                 ),
@@ -479,6 +481,13 @@ class _Recorder:
                     f"the forward replaces {self.slots[index].name!r} by a new tensor: change it in place "
                     "(for example self.buffer.copy_(value)) so that the update is part of the step"
                 )
+
+
+def _logs(known: Readable) -> Iterator[tuple[str, Any, str]]:
+    """Containers outside of the model that its code fills, with their names where other code reads them."""
+    read = {scope_key(scope, name) for _, scope, name, _ in known.data}
+    for path, scope, name, _ in known.logs:
+        yield path, scope[name], name if scope_key(scope, name) in read else ""
 
 
 def _lasting(recorder: _Recorder, written: frozenset[tuple[int, Any]]) -> Values:
