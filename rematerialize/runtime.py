@@ -140,19 +140,27 @@ class TrainingStep:
         exposed = _Expose.apply(token, self, box)  # type: ignore[no-untyped-call]
         values: dict[int, Tensor] = dict(zip(self.emitted.outputs, exposed, strict=True))
         box.features = tuple((i, weakref.ref(value)) for i, value in values.items() if i in self.features)
-        results = []
-        for index, alias in enumerate(joint.aliases):
-            if alias.kind == "value":
-                results.append(values[index])
-            elif alias.kind == "input":
-                results.append(primals[alias.index])
-            else:
-                base = primals[alias.index] if alias.kind == "input_view" else values[alias.index]
-                node = joint.outputs[index]
-                assert node is not None
-                results.append(private.view_again(base, node.meta["val"], alias))
+        results = self._with_aliases(primals, values)
         self.captured.leave()
         return self.captured.pack_outputs(results)
+
+
+    def _with_aliases(self, primals: Sequence[Tensor], values: dict[int, Tensor]) -> list[Tensor]:
+        """The user's outputs: values, and what shares memory with them or with inputs, viewed again from these."""
+        joint = self.captured.joint
+
+        def made(index: int) -> Tensor:
+            if index in values:
+                return values[index]
+            alias = joint.aliases[index]
+            if alias.kind == "input":
+                return primals[alias.index]
+            base = primals[alias.index] if alias.kind == "input_view" else made(alias.index)
+            node = joint.outputs[index]
+            assert node is not None
+            return private.view_again(base, node.meta["val"], alias)
+
+        return [made(index) for index in range(len(joint.aliases))]
 
 
 def _features(joint: private.JointTrace) -> Iterator[int]:

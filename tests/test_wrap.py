@@ -290,11 +290,12 @@ def storages(output: Any) -> list[int]:
         lambda a, b: b.chunk(2, 1),
         lambda a, b: (b, b.view(4, 32)),
         lambda a, b: (b.t(), b.detach()),
+        lambda a, b: (lambda whole: (whole.detach(), whole))((a * b).view(2, -1)),
         lambda a, b: (a, a[0], b),
         lambda a, b: b[1:3].transpose(0, 1),
         lambda a, b: b.unbind(0),
     ],
-    ids=["twice", "halves", "chunk", "view", "detached", "row", "transposed", "unbind"],
+    ids=["twice", "halves", "chunk", "view", "detached", "detached view", "row", "transposed", "unbind"],
 )
 def test_outputs_that_alias_each_other_do_so_as_in_eager(shape: Callable[[Tensor, Tensor], Any]) -> None:
     eager, ours = twins(lambda: Shaped(shape))
