@@ -144,7 +144,6 @@ class TrainingStep:
         self.captured.leave()
         return self.captured.pack_outputs(results)
 
-
     def _with_aliases(self, primals: Sequence[Tensor], values: dict[int, Tensor]) -> list[Tensor]:
         """The user's outputs: values, and what shares memory with them or with inputs, viewed again from these."""
         joint = self.captured.joint
