@@ -152,7 +152,9 @@ class Profile:
             ("forward, backward", ", ".join(format_seconds(self.phase_s(phase)) for phase in ("forward", "backward"))),
             ("costs", ("computed for " if self.analytic else "measured on ") + self.device),
         ]
-        return rows if self.measured is None else rows + self._beside(self.measured, size)
+        if self.measured is None:
+            return [*rows, ("figures are of", "the captured step; plain eager may need more")]
+        return rows + self._beside(self.measured, size)
 
     def _beside(self, measured: Measured, size: Callable[[int], str]) -> list[tuple[str, str]]:
         def beside(predicted: float, real: float) -> str:
@@ -162,10 +164,11 @@ class Profile:
         counts = ", of kernels without Python's dispatch" if far else ""
         peak = beside(self.activation_peak_bytes, measured.peak_bytes)
         time = beside(self.timeline.time_s, measured.step_s)
+        eager = beside(self.activation_peak_bytes, measured.eager_peak_bytes)
         return [
             ("measured activations", f"{size(measured.peak_bytes)} ({peak})"),
             ("measured step", f"{format_seconds(measured.step_s)} ({time}{counts})"),
-            ("eager's activations", size(measured.eager_peak_bytes)),
+            ("eager's activations", f"{size(measured.eager_peak_bytes)} ({eager})"),
             ("eager's step", format_seconds(measured.eager_step_s)),
         ]
 

@@ -157,3 +157,13 @@ def test_a_time_that_is_far_off_says_what_the_prediction_counts(slower: float, s
     rows = dict(replace(found, measured=measured).overview())
     assert ("of kernels without Python's dispatch" in rows["measured step"]) == says
     assert "kernels" not in rows["measured activations"]
+
+
+def test_eagers_peak_stands_beside_its_own_deviation() -> None:
+    found = profiled()
+    assert dict(found.overview())["figures are of"] == "the captured step; plain eager may need more"
+    peak = found.activation_peak_bytes
+    rows = dict(replace(found, measured=Measured(peak, 1.0, 2 * peak, 1.0)).overview())
+    assert "(prediction +0.0%)" in rows["measured activations"]
+    assert "(prediction -50.0%)" in rows["eager's activations"]
+    assert "figures are of" not in rows

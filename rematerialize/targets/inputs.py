@@ -95,6 +95,11 @@ def _made(spec: InputSpec, generator: torch.Generator) -> Tensor:
     return torch.randn(spec.shape, dtype=dtype, generator=generator)
 
 
+def flat_tensors(inputs: Inputs) -> list[Tensor]:
+    """All tensors of a call, in containers, too."""
+    return [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
+
+
 def batch_of(inputs: Inputs, dim: int) -> int:
     """The batch of a call: the size along ``dim`` of the first tensor that has such a dimension.
 
@@ -103,9 +108,9 @@ def batch_of(inputs: Inputs, dim: int) -> int:
     TargetError
         If no tensor has one.
     """
-    for leaf in tree_flatten(inputs)[0]:
-        if isinstance(leaf, Tensor) and _has(leaf, dim):
-            return leaf.shape[dim]
+    for tensor in flat_tensors(inputs):
+        if _has(tensor, dim):
+            return tensor.shape[dim]
     raise TargetError(
         f"expected an input with a dimension {dim} for the batch, but none has one; give another --batch-dim"
     )
