@@ -85,9 +85,16 @@ def test_a_plan_is_shown_beside_store_all_and_full_checkpointing(
 
 def test_a_plan_says_what_was_asked_in_its_scope(target: str, capfd: pytest.CaptureFixture[str]) -> None:
     asked = ("plan", target, "--bytes", "--optimizer", "adamw", "--reserve", "1MiB", "--budget")
+    call(capfd, *asked, "64MiB", "-o", "plan.json")
     state, resident = 2 * 16896 + 8 * 4, 16896 + 64 * 32 * 4  # two moments and a count for each parameter
     rows = dict(
         line.strip().rsplit("  ", 1) for line in call(capfd, *asked, "64MiB").stdout.splitlines() if "in it" in line
+    )
+    plan = Plan.load("plan.json")
+    assert plan.besides_bytes == resident + 2**20 + state
+    said = call(capfd, *asked, "64MiB").stdout
+    assert re.search(
+        rf"^  smallest budget that works +{plan.minimum_bytes + plan.besides_bytes:,} B$", said, re.MULTILINE
     )
     assert {name.strip(): value for name, value in rows.items()} == {
         "resident in it": f"{resident:,} B",

@@ -134,7 +134,8 @@ def _html(plan: Plan, name: str, others: Sequence[Plan]) -> bytes:
         stored=plan.stored_timeline(),
         frontier=points if others else (),
         chosen=own if others else None,
-        title=f"Memory plan of a training step: {name}",  # a plan file knows no model's name
+        title=f"Memory plan of {plan.origin.target or f'a training step: {name}'}",
+        origin=plan.origin,
     ).encode()
 
 

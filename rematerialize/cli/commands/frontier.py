@@ -67,7 +67,7 @@ def frontier(
             from rematerialize.trial import settle, try_plans
 
             settle(model, example_inputs)
-        plans = api.frontier(model, example_inputs, points=points, **session.options)
+        plans = session.named(*api.frontier(model, example_inputs, points=points, **session.options))
         if measure:
             console.progress("running steps")
             _, trials = try_plans(model, example_inputs, plans)
@@ -145,6 +145,7 @@ def _write(console: Console, output: Path, target: str, plans: tuple[Plan, ...],
             frontier=points,
             chosen=chosen,
             title=f"Memory and overhead of {target}",
+            origin=plan.origin,
             about=f"This page shows {which}. For another: rematerialize plan {target} --activation-budget SIZE -o "
             "plan.json, then rematerialize export plan.json -o page.html.",
         )
