@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 
 from rematerialize.api import choose
-from rematerialize.budget import BudgetRequest, device_bytes, free_bytes, ran_out_of_memory, read_budget
+from rematerialize.budget import BudgetRequest, device_bytes, free_bytes, read_budget
 from rematerialize.cost_cache import device_name
 from rematerialize.device_table import DEVICES
-from rematerialize.errors import CaptureError, RematerializeError
+from rematerialize.errors import CaptureError, RematerializeError, ran_out_of_memory
 from rematerialize.prepare import PreparedStep, home_of, prepare_example
 from rematerialize.report.table import plan_table
 from rematerialize.targets.inputs import batch_of, flat_tensors, resized

@@ -91,15 +91,6 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") * 19 // 20
 
 
-def ran_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, says that memory ran out: torch's CPU allocator has no class for that."""
-    while error is not None:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-            return True
-        error = error.__cause__
-    return False
-
-
 def optimizer_bytes(optimizer: Any, model: nn.Module) -> int:
     """Bytes of state that an optimizer keeps once it has stepped.
 

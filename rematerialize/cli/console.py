@@ -59,9 +59,13 @@ class Console:
         """A size as the caller asked: three digits and a unit, or exact bytes."""
         return f"{size_bytes:,} B" if self.exact else format_bytes(size_bytes)
 
+    def json(self, kind: str, content: dict[str, Any]) -> str:
+        """One JSON object; ``schema`` names its shape and version."""
+        return json.dumps({"schema": f"rematerialize.{kind}/1", **content})
+
     def data(self, kind: str, content: dict[str, Any]) -> None:
-        """Print one JSON object; ``schema`` names its shape and version."""
-        print(json.dumps({"schema": f"rematerialize.{kind}/1", **content}))
+        """Print one JSON object."""
+        print(self.json(kind, content))
 
     def pairs(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print names and values under a title."""
@@ -138,9 +142,20 @@ class Console:
         if not path.parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent}")
 
-    def write(self, path: Path, text: str) -> None:
-        """Write a result and say so."""
-        path.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
+    def write(self, path: Path, content: str | bytes) -> None:
+        """Write a result and say so.
+
+        Raises
+        ------
+        UsageError
+            Names the file: where a disk is full, the system's own error doesn't.
+        """
+        if isinstance(content, str):
+            content = (content if content.endswith("\n") else f"{content}\n").encode()
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise UsageError(f"can't write {path}: {error.strerror}") from error
         self.progress(f"wrote {path}")
 
     @contextlib.contextmanager

@@ -68,8 +68,7 @@ def export(
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
         return
-    output.write_bytes(content)
-    console.progress(f"wrote {output}")
+    console.write(output, content)
     if console.as_json:
         console.data("export", {"format": wanted, "path": str(output), "size_bytes": len(content)})
 

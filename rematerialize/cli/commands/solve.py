@@ -80,7 +80,7 @@ def solve(
     if output is None:
         print(found.to_json())
         return
-    output.write_text(found.to_json() + "\n", encoding="utf-8")
+    console.write(output, found.to_json())
     _print_summary(console, graph, found, store_all, solve_s)
 
 
