@@ -144,7 +144,11 @@ class Plan:
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for experiment trackers: MLflow, TensorBoard, Weights & Biases."""
-        found = {
+        return {name: float(value) for name, value in self.figures().items()}
+
+    def figures(self) -> dict[str, int | float]:
+        """The same numbers, bytes and counts exact."""
+        found: dict[str, int | float] = {
             "budget_bytes": self.budget_bytes,
             "peak_bytes": self.peak_bytes,
             "store_all_peak_bytes": self.store_all_peak_bytes,
@@ -159,7 +163,7 @@ class Plan:
         }
         if self.gap is not None:
             found["gap"] = self.gap
-        return {name: float(value) for name, value in found.items()}
+        return found
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw memory over the step: the plan, store-all, the budget, where the backward begins.

@@ -101,17 +101,21 @@ class Profile:
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for experiment trackers."""
-        found = {
-            "peak_bytes": float(self.peak_bytes),
-            "activation_peak_bytes": float(self.activation_peak_bytes),
-            "resident_bytes": float(self.resident_bytes),
+        return {name: float(value) for name, value in self.figures().items()}
+
+    def figures(self) -> dict[str, int | float]:
+        """The same numbers, bytes and counts exact."""
+        found: dict[str, int | float] = {
+            "peak_bytes": self.peak_bytes,
+            "activation_peak_bytes": self.activation_peak_bytes,
+            "resident_bytes": self.resident_bytes,
             "step_s": self.timeline.time_s,
             "forward_s": self.phase_s("forward"),
             "backward_s": self.phase_s("backward"),
-            "ops": float(len(self.timeline.executions)),
+            "ops": len(self.timeline.executions),
         }
         if self.measured is not None:
-            found |= {f"measured_{name}": float(value) for name, value in asdict(self.measured).items()}
+            found |= {f"measured_{name}": value for name, value in asdict(self.measured).items()}
         return found
 
     def to_dict(self, depth: int | None = 2, count: int = TOP) -> dict[str, Any]:
@@ -120,7 +124,7 @@ class Profile:
             "device": self.device,
             "analytic": self.analytic,
             "resident": dict(self.resident),
-            **self.metrics(),
+            **self.figures(),
             "peak": self._peak(),
             "top_tensors": [asdict(row) for row in self.top_tensors(count)],
             "modules": [asdict(row) for row in self.modules(depth)],
