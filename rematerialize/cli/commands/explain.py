@@ -13,6 +13,7 @@ from rematerialize.cli.console import Console
 from rematerialize.cli.errors import UsageError
 from rematerialize.cli.options import DepthOption, check_plan_file
 from rematerialize.errors import did_you_mean
+from rematerialize.report.modules import NO_LINE
 from rematerialize.report.timeline import kernel_title
 from rematerialize.units import format_seconds
 
@@ -82,7 +83,7 @@ def explain(
             (
                 kernel_title(row.target),
                 _within(row.module, module),
-                row.source,
+                row.source or NO_LINE,
                 row.decision,
                 str(row.runs),
                 console.size(row.stored_bytes) if row.stored_bytes else "-",

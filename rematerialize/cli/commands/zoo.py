@@ -38,10 +38,10 @@ def zoo(
         about += ", fake only" if brief and spec.fake_only else ""
         rows.append([f"zoo:{name}", *more, about, size.inputs])
     if brief:
-        console.table("", ["target", "what it is", "default inputs"], rows, "<<<", whole=(0, 2))
+        console.table("", ["target", "what it is", "default inputs"], rows, "<<<")
         return
     headers = ["target", "group", "parameters", "what it is", "default inputs"]
-    console.table("", headers, rows, "<<><<", whole=(0, 2, 4))
+    console.table("", headers, rows, "<<><<")
 
 
 def _entry(name: str, size: Figures) -> dict[str, Any]:
