@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rematerialize.cli.app import command
+from rematerialize.cli.completion import one_of
 from rematerialize.cli.console import Console
 from rematerialize.cli.errors import UsageError
 from rematerialize.cli.options import ForceOption, OutputOption, check_plan_file, existing_file
@@ -37,6 +38,7 @@ def export(
         typer.Option(
             "--format",
             metavar="NAME",
+            autocompletion=one_of(lambda: _SUFFIXES),
             help="html: a page to show to others; perfetto: a trace for ui.perfetto.dev; memory_viz: a snapshot for "
             "pytorch.org/memory_viz; csv: a row per execution; png, svg: a figure. By default, what -o ends in.",
         ),

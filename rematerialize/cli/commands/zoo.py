@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rematerialize.cli.app import command
+from rematerialize.cli.completion import one_of
 from rematerialize.cli.console import Console, on_terminal, terminal_width
 from rematerialize.errors import TargetError, did_you_mean
 from rematerialize.zoo import ENTRIES
@@ -19,7 +20,10 @@ _WIDE = 130  # columns of a terminal that has room for groups and parameters bes
 @command
 def zoo(
     console: Console,
-    scale: Annotated[str, typer.Option("--scale", metavar="NAME", help="Sizes of test or bench.")] = "test",
+    scale: Annotated[
+        str,
+        typer.Option("--scale", metavar="NAME", help="Sizes of test or bench.", autocompletion=one_of(lambda: SCALES)),
+    ] = "test",
 ) -> None:
     """List the built-in models: zoo:NAME is a target, zoo:NAME@bench the larger scale of it."""
     if scale not in SCALES:
