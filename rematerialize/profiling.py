@@ -160,7 +160,7 @@ class Profile:
             ("costs", ("computed for " if self.analytic else "measured on ") + self.device),
         ]
         if self.measured is None:
-            return [*rows, ("figures are of", "the captured step; plain eager may need more")]
+            return [*rows, ("figures are of", "captured step; eager may need more")]
         return rows + self._beside(self.measured, size)
 
     def _named(self, module: str) -> str:

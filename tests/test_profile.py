@@ -172,7 +172,7 @@ def test_a_peak_outside_of_the_users_lines_and_a_module_of_a_number_are_told_as_
 
 def test_eagers_peak_stands_beside_its_own_deviation() -> None:
     found = profiled()
-    assert dict(found.overview())["figures are of"] == "the captured step; plain eager may need more"
+    assert dict(found.overview())["figures are of"] == "captured step; eager may need more"
     peak = found.activation_peak_bytes
     rows = dict(replace(found, measured=Measured(peak, 1.0, 2 * peak, 1.0)).overview())
     assert "(prediction +0.0%)" in rows["measured activations"]
