@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from rematerialize.prepare import PreparedStep
 
+_APART = 16  # the graph may be of another way to run the step, with other sizes; none is this far from the plain one
 _TITLE = "Training step under an activation budget"
 
 
@@ -253,6 +254,12 @@ class Plan:
         except ValueError as error:
             raise ScheduleError(f"{path}: {error}; make a new plan") from None
         made = cls(graph=graph, schedule=schedule, origin=origin, **numbers)
+        own, said = store_all(graph).peak_bytes, made.store_all_peak_bytes
+        if own > _APART * said or said > _APART * own:
+            raise ScheduleError(
+                f"{path}: store_all_peak_bytes is {said}, storing everything takes {own} bytes by replay; make a new "
+                "plan"
+            )
         check_said(path, data, {"peak_bytes": made.peak_bytes, "overhead": made.overhead, "gap": made.gap})
         return made
 

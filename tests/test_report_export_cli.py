@@ -284,6 +284,16 @@ def test_a_size_that_is_not_live_at_the_peak_is_held_by_the_digest_too(folder: P
         Plan.load(folder / "odd.json")
 
 
+def test_a_store_all_peak_far_from_the_graphs_own_is_refused_without_a_digest_too(folder: Path) -> None:
+    saved = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    del saved["digest"]
+    for factor in (100, 0.01):
+        odd = {**saved, "store_all_peak_bytes": int(saved["store_all_peak_bytes"] * factor)}
+        (folder / "odd.json").write_text(json.dumps(odd), encoding="utf-8")
+        with pytest.raises(ScheduleError, match="storing everything takes 6000 bytes by replay"):
+            Plan.load(folder / "odd.json")
+
+
 def test_files_of_before_and_files_that_tools_wrote_anew_are_read(folder: Path) -> None:
     saved = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     old = {key: value for key, value in saved.items() if key not in ("made_for", "digest")}
