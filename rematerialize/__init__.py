@@ -23,8 +23,9 @@ from rematerialize.version import __version__
 
 if TYPE_CHECKING:
     from rematerialize.api import Plan, frontier, plan, plans_of, unwrap, wrap
-    from rematerialize.batches import MaxBatch, max_batch
+    from rematerialize.batches import max_batch
     from rematerialize.profiling import Profile, profile
+    from rematerialize.report.batches import MaxBatch
 
 __all__ = [
     "BudgetError",
@@ -55,7 +56,7 @@ _HOMES = {
     "plans_of": "api",
     "unwrap": "api",
     "wrap": "api",
-    "MaxBatch": "batches",
+    "MaxBatch": "report.batches",
     "max_batch": "batches",
     "Profile": "profiling",
     "profile": "profiling",

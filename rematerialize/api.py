@@ -30,6 +30,7 @@ from rematerialize.prepare import (
     prepare,
     prepare_example,
 )
+from rematerialize.report.origin import Origin
 from rematerialize.runtime import TrainingStep
 from rematerialize.signature import signature
 from rematerialize.wrapper import RematerializedForward
@@ -156,6 +157,22 @@ def choose(model: nn.Module, prepared: PreparedStep, request: BudgetRequest, *, 
         resident_bytes=prepared.resident_bytes,
         plan_s=time.perf_counter() - start,
         prepared=variant,
+        origin=_origin(model, prepared, request),
+    )
+
+
+def _origin(model: nn.Module, prepared: PreparedStep, request: BudgetRequest) -> Origin:
+    """What readers are told of a plan; a command line puts the target in the place of the class."""
+    asked = request.budget or request.activation_budget
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    return Origin(
+        target=type(model).__name__,
+        dtype=", ".join(sorted(dtypes)),
+        device=prepared.device_name,
+        computed=prepared.analytic,
+        asked=str(asked),
+        whole=request.budget is not None,
+        reserve_bytes=request.reserve_bytes if request.budget is not None else 0,
     )
 
 
@@ -198,7 +215,7 @@ def frontier(
         tell("solve", rank, points)
         made = choose(model, prepared, read_budget(None, budget_bytes))
         if not found or made.peak_bytes < found[-1].peak_bytes:
-            found.append(made)
+            found.append(replace(made, origin=replace(made.origin, asked="")))  # nobody asked for these budgets
     tell("solve", points, points)
     return tuple(found)
 

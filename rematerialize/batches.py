@@ -2,13 +2,14 @@
 
 Found without running anything: each batch that is tried is captured on fake tensors and costed by formula. Memory is
 close to affine in the batch, so the search is a secant search between a batch that fits and one that doesn't. On the
-device itself the answer is then checked with measured workspace, its neighbours included, and by one real step.
+device itself the answer is then checked with measured workspace, its neighbours included, and by real steps: one under
+the plan, and eager's own around the answer with everything stored, since eager may hold what a captured step reuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,98 +19,17 @@ from rematerialize.api import choose
 from rematerialize.budget import BudgetRequest, device_bytes, free_bytes, read_budget
 from rematerialize.cost_cache import device_name
 from rematerialize.device_table import DEVICES
-from rematerialize.errors import CaptureError, RematerializeError
+from rematerialize.errors import CaptureError, RematerializeError, ran_out_of_memory
 from rematerialize.prepare import PreparedStep, home_of, prepare_example
-from rematerialize.report.table import plan_table
-from rematerialize.targets.inputs import batch_of, resized
-from rematerialize.trial import planned_peak
+from rematerialize.report.batches import EagerStep, MaxBatch, Need
+from rematerialize.targets.inputs import batch_of, flat_tensors, resized
+from rematerialize.trial import eager_peak, planned_peak
 from rematerialize.units import format_bytes, format_percent, parse_overhead
 
 LARGEST = 2**20
 _HERE = "2-core CPU"  # whose formulas stand in where only sizes matter
 
 Inputs = tuple[Any, ...] | dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What a batch needs, resident tensors and reserve included.
-
-    Attributes
-    ----------
-    batch : int
-    store_all_bytes, minimum_bytes : int
-        Peak with everything stored, and the smallest budget that works.
-    """
-
-    batch: int
-    store_all_bytes: int
-    minimum_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class MaxBatch:
-    """The answer. ``print`` shows it.
-
-    Attributes
-    ----------
-    budget_bytes : int
-    without, with_plan : int
-        The largest batch that fits with everything stored, and with a plan; 0 if not even 1 does.
-    tried : tuple of Need
-        By rising batch, the next larger ones that don't fit among them.
-    device : str
-    confirmed_peak_bytes : int or None
-        Measured peak of one real step at ``with_plan``, resident tensors and reserve included; None where no step ran.
-    overhead : float or None
-        Predicted recomputation at ``with_plan`` under the budget.
-    max_overhead : float or None
-        The recomputation that was asked not to be exceeded,
-    within_overhead : int or None
-        and the largest batch that doesn't, found by bisection.
-    """
-
-    budget_bytes: int
-    without: int
-    with_plan: int
-    tried: tuple[Need, ...]
-    device: str
-    confirmed_peak_bytes: int | None = None
-    overhead: float | None = None
-    max_overhead: float | None = None
-    within_overhead: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The answer as JSON-ready data."""
-        return asdict(self)
-
-    def rows(self, size: Callable[[int], str] = format_bytes) -> list[tuple[str, str]]:
-        """Names and values of the summary; ``size`` formats bytes."""
-        needs = {need.batch: need for need in self.tried}
-        rows = [("budget", size(self.budget_bytes)), ("largest batch, everything stored", f"{self.without:,}")]
-        if self.without in needs:
-            rows.append(("  it needs", size(needs[self.without].store_all_bytes)))
-        if self.without + 1 in needs:
-            rows.append((f"  {self.without + 1:,} would need", size(needs[self.without + 1].store_all_bytes)))
-        rows.append(("largest batch, rematerialized", f"{self.with_plan:,}"))
-        if self.with_plan in needs:
-            rows.append(("  it needs at least", size(needs[self.with_plan].minimum_bytes)))
-        if self.with_plan + 1 in needs:
-            rows.append((f"  {self.with_plan + 1:,} would need", size(needs[self.with_plan + 1].minimum_bytes)))
-        if self.overhead is not None:
-            rows.append(("  its recomputation", format_percent(max(self.overhead, 0.0))))
-        if self.confirmed_peak_bytes is not None:
-            rows.append(("  measured in one step", size(self.confirmed_peak_bytes)))
-        if self.max_overhead is not None:
-            share = format_percent(self.max_overhead)
-            rows.append((f"largest batch, recomputing at most {share}", f"{self.within_overhead:,}"))
-        rows.append(("device", self.device))
-        return rows
-
-    def __str__(self) -> str:
-        return plan_table("Largest batch within the budget", self.rows())
-
-    __repr__ = __str__
 
 
 def max_batch(
@@ -141,7 +61,8 @@ def max_batch(
     reserve, optimizer, device
         As in ``plan``.
     confirm : bool
-        On a device that is here: measure workspace at the answer and its neighbours, and run one step.
+        On a device that is here: measure workspace at the answer and its neighbours, run one step under the plan, and
+        steps of the model as it is until the largest batch that fits is known.
     max_overhead : float or str, optional
         Also find the largest batch whose plan recomputes no more than this share of the step's time ("25%"): the
         largest of all is often a slow one.
@@ -186,8 +107,52 @@ def max_batch(
     if limit is not None:
         tell(f"the same recomputing at most {format_percent(limit)}")
         within = found.largest_within(limit, without, with_plan)
+    eager: tuple[EagerStep, ...] = ()
+    if here and confirm and with_plan:
+        tell(f"running eager's steps from batch {max(without, 1)}")
+        without, eager = _largest_of_eager(step, found, max(without, 1), budget_bytes)
     name = device_name(home_of(model)) if here else f"{device} (computed)"
-    return MaxBatch(budget_bytes, without, with_plan, found.tried(), name, peak, overhead, limit, within)
+    return MaxBatch(budget_bytes, without, with_plan, found.tried(), name, peak, overhead, limit, within, eager)
+
+
+def _largest_of_eager(step: _Step, needs: _Needs, start: int, budget_bytes: int) -> tuple[int, tuple[EagerStep, ...]]:
+    """The largest batch at which a real step of the model as it is fits, and the steps that show it.
+
+    Upwards by strides that double from 1, since a step far too large may take the machine's memory; downwards to where
+    the line through the steps measured so far meets the budget.
+    """
+
+    def inputs_bytes(batch: int) -> int:
+        tensors = flat_tensors(resized(step.inputs, batch, step.batch_dim))
+        return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    besides = step.besides(needs.prepared(start))
+    whole = step.request.budget is not None
+    ran: dict[int, int | None] = {}
+    low, high, stride, guess = 0, LARGEST + 1, 1, start
+    while high - low > 1:
+        try:
+            more = besides + (inputs_bytes(guess) - inputs_bytes(start) if whole else 0)
+            ran[guess] = more + eager_peak(step.model, resized(step.inputs, guess, step.batch_dim))
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            ran[guess] = None
+        peak = ran[guess]
+        needs.tell(f"batch {guess:,}: eager took {'more than there is' if peak is None else format_bytes(peak)}")
+        if peak is not None and peak <= budget_bytes:
+            low = guess
+        else:
+            high = guess
+        if high > LARGEST:
+            guess, stride = low + stride, 2 * stride
+            continue
+        known = {batch: size for batch, size in ran.items() if size is not None}
+        crossing = _crossing(known, budget_bytes)
+        if crossing is None or len(ran) % 3 == 0:
+            crossing = high * budget_bytes // known[high] if len(known) == 1 and high in known else (low + high) // 2
+        guess = min(max(crossing, low + 1), high - 1)
+    return low, tuple(EagerStep(batch, ran[batch]) for batch in sorted(ran))
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +234,8 @@ class _Needs:
             else:
                 high = guess
             tries += 1
-            guess = self._crossing(budget_bytes, bytes_of) or (2 * low if high > LARGEST else (low + high) // 2)
+            known = {batch: bytes_of(need) for batch, need in self.known.items()}
+            guess = _crossing(known, budget_bytes) or (2 * low if high > LARGEST else (low + high) // 2)
             if high <= LARGEST and tries % 3 == 0:
                 guess = (low + high) // 2
             guess = min(max(guess, low + 1), high - 1)
@@ -287,10 +253,12 @@ class _Needs:
                 high = middle - 1
         return low
 
-    def _crossing(self, budget_bytes: int, bytes_of: Callable[[Need], int]) -> int | None:
-        nearest = sorted(self.known.values(), key=lambda need: abs(bytes_of(need) - budget_bytes))[:2]
-        if len(nearest) < 2:
-            return None
-        first, second = nearest
-        slope = (bytes_of(second) - bytes_of(first)) / (second.batch - first.batch)
-        return int(first.batch + (budget_bytes - bytes_of(first)) / slope) if slope > 0 else None
+
+def _crossing(known: Mapping[int, int], budget_bytes: int) -> int | None:
+    """The batch at which the line through the two known ones nearest to the budget meets it."""
+    nearest = sorted(known, key=lambda batch: abs(known[batch] - budget_bytes))[:2]
+    if len(nearest) < 2:
+        return None
+    first, second = nearest
+    slope = (known[second] - known[first]) / (second - first)
+    return int(first + (budget_bytes - known[first]) / slope) if slope > 0 else None

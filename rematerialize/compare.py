@@ -35,6 +35,7 @@ from rematerialize.targets.factory import blame
 from rematerialize.targets.load import Target
 from rematerialize.torch_budget import TORCH_BUDGETS, PeerError, compiled_under, one_line
 from rematerialize.trial import planned_forward, undisturbed
+from rematerialize.units import format_bytes
 
 ROUNDING = 1e-5  # relative: another order of the same float32 sums
 SEED = 1
@@ -147,7 +148,12 @@ class Contest:
             request = read_budget(None, self.prepared.minimum())
         made = choose(self.target.model, self.prepared, request)
         plan = replace(made, prepared=self.prepared)
-        return replace(self.eager, call=planned_forward(self.target.model, plan, self.target.inputs))
+        note = ""
+        if made.origin.whole:
+            besides = made.besides_bytes
+            held, allowed = format_bytes(made.peak_bytes + besides), format_bytes(made.budget_bytes + besides)
+            note = f"{held} of {allowed} with what is resident or reserved"
+        return replace(self.eager, call=planned_forward(self.target.model, plan, self.target.inputs), note=note)
 
     def time(self, rounds: int) -> tuple[Cell, ...]:
         """Time all that can step, in turns, and return the finished cells."""

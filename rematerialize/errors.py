@@ -61,6 +61,16 @@ def _rebuild_budget_error(message: str, minimum_bytes: int) -> BudgetError:
     return BudgetError(message, minimum_bytes=minimum_bytes)
 
 
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that memory ran out: torch's CPU allocator has no class for that."""
+    while error is not None:
+        named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if named or "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
 def did_you_mean(given: str, known: Iterable[str], shown: Mapping[str, str] | None = None) -> str:
     """Return ``; did you mean 'x'?`` for the closest of some names, or an empty string when none is close.
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rematerialize.errors import BudgetError, GraphError, RematerializeError, ScheduleError, closest_file
+from rematerialize.errors import BudgetError, GraphError, RematerializeError, ScheduleError
 from rematerialize.ir import TrainingGraph
+from rematerialize.plan_file import FORMAT, check_said, digest, read_numbers, read_plan
 from rematerialize.report.explain import Explanation, explain
 from rematerialize.report.notebook import notebook_html
+from rematerialize.report.origin import Origin
 from rematerialize.report.plot import memory_figure, save_figure
 from rematerialize.report.table import plan_table
 from rematerialize.report.timeline import Timeline, of_schedule, store_all
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from rematerialize.prepare import PreparedStep
 
-_FORMAT = "rematerialize.plan/1"
+_APART = 16  # the graph may be of another way to run the step, with other sizes; none is this far from the plain one
 _TITLE = "Training step under an activation budget"
 
 
@@ -54,6 +55,8 @@ class Plan:
         What the step finds in memory: parameters, buffers, inputs, existing gradients.
     plan_s : float
         Seconds that the search took, capture and cost measurement excluded.
+    origin : Origin
+        What it was made for, for readers.
     """
 
     graph: TrainingGraph
@@ -65,6 +68,7 @@ class Plan:
     resident_bytes: int
     plan_s: float = 0.0
     prepared: PreparedStep | None = field(default=None, repr=False, compare=False)
+    origin: Origin = field(default=Origin(), repr=False, compare=False)
 
     @property
     def minimum_bytes(self) -> int:
@@ -77,6 +81,11 @@ class Plan:
     def peak_bytes(self) -> int:
         """Predicted peak of the planned step."""
         return self.schedule.peak_bytes
+
+    @property
+    def besides_bytes(self) -> int:
+        """What the budget that was asked for holds besides `budget_bytes`: 0 if it was an activation budget."""
+        return self.resident_bytes + self.origin.reserve_bytes if self.origin.whole else 0
 
     @property
     def overhead(self) -> float:
@@ -136,7 +145,11 @@ class Plan:
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for experiment trackers: MLflow, TensorBoard, Weights & Biases."""
-        found = {
+        return {name: float(value) for name, value in self.figures().items()}
+
+    def figures(self) -> dict[str, int | float]:
+        """The same numbers, bytes and counts exact."""
+        found: dict[str, int | float] = {
             "budget_bytes": self.budget_bytes,
             "peak_bytes": self.peak_bytes,
             "store_all_peak_bytes": self.store_all_peak_bytes,
@@ -151,7 +164,7 @@ class Plan:
         }
         if self.gap is not None:
             found["gap"] = self.gap
-        return {name: float(value) for name, value in found.items()}
+        return found
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw memory over the step: the plan, store-all, the budget, where the backward begins.
@@ -171,7 +184,10 @@ class Plan:
             If matplotlib, the extra ``plot``, isn't installed, or the suffix is another one.
         """
         figure = memory_figure(
-            of_schedule(self.graph, self.schedule), self.stored_timeline(), budget_bytes=self.budget_bytes
+            of_schedule(self.graph, self.schedule),
+            self.stored_timeline(),
+            budget_bytes=self.budget_bytes,
+            title=self.origin.title("Memory plan"),
         )
         if path is not None:
             save_figure(figure, path)
@@ -179,8 +195,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready data, graph and schedule included."""
-        return {
-            "format": _FORMAT,
+        data = {
+            "format": FORMAT,
+            "made_for": self.origin.to_dict(),
             "budget_bytes": self.budget_bytes,
             "peak_bytes": self.peak_bytes,
             "store_all_peak_bytes": self.store_all_peak_bytes,
@@ -193,6 +210,7 @@ class Plan:
             "graph": json.loads(self.graph.to_json()),
             "schedule": json.loads(self.schedule.to_json()),
         }
+        return {**data, "digest": digest(data)}
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON.
@@ -214,72 +232,36 @@ class Plan:
         Raises
         ------
         ScheduleError, GraphError
-            If there is no such file, it isn't a plan, its figures don't go together, or it holds a schedule that its
-            graph doesn't allow. One line each.
+            If there is no such file, it isn't a plan, its figures don't go together or were changed since it was
+            saved, or it holds a schedule that its graph doesn't allow. One line each.
         """
-        data = _read(path)
+        data = read_plan(path)
         try:
             graph = TrainingGraph.from_json(data["graph"])
             schedule = Schedule.from_json(data["schedule"])
             result = simulate(graph, schedule.forward, schedule.backward)
         except (GraphError, ScheduleError) as error:
             raise type(error)(f"{path} is not a good plan: {error}") from None
-        numbers = {}
-        for key, kind in _NUMBERS.items():
-            value = data.get(key)
-            if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < math.inf:
-                raise ScheduleError(f"{path}: {key} must be a number that is not negative, got {value!r}")
-            numbers[key] = value
+        numbers = read_numbers(path, data)
         if result.peak_bytes != schedule.peak_bytes or result.peak_bytes > numbers["budget_bytes"]:
             raise ScheduleError(
                 f"{path}: its schedule needs {result.peak_bytes} bytes by replay, the file says "
                 f"{schedule.peak_bytes} under a budget of {numbers['budget_bytes']}; make a new plan"
             )
         numbers["searched_minimum_bytes"] = numbers.pop("minimum_bytes")
-        made = cls(graph=graph, schedule=schedule, **numbers)
-        for key, computed in (("peak_bytes", made.peak_bytes), ("overhead", made.overhead), ("gap", made.gap)):
-            if not _agree(data.get(key), computed):
-                raise ScheduleError(
-                    f"{path}: {key} is {data.get(key)!r}, its schedule gives {computed!r}; make a new plan"
-                )
+        try:
+            origin = Origin.from_dict(data.get("made_for", {}))
+        except ValueError as error:
+            raise ScheduleError(f"{path}: {error}; make a new plan") from None
+        made = cls(graph=graph, schedule=schedule, origin=origin, **numbers)
+        own, said = store_all(graph).peak_bytes, made.store_all_peak_bytes
+        if own > _APART * said or said > _APART * own:
+            raise ScheduleError(
+                f"{path}: store_all_peak_bytes is {said}, storing everything takes {own} bytes by replay; make a new "
+                "plan"
+            )
+        check_said(path, data, {"peak_bytes": made.peak_bytes, "overhead": made.overhead, "gap": made.gap})
         return made
-
-
-def _agree(said: object, computed: float | None) -> bool:
-    """Whether a figure of a file is the one that follows from the rest of it, as far as text holds numbers."""
-    if computed is None or not isinstance(said, (int, float)) or isinstance(said, bool):
-        return said is computed
-    return math.isclose(said, computed, rel_tol=1e-9, abs_tol=1e-12)
-
-
-_NUMBERS: dict[str, Any] = {
-    "budget_bytes": int,
-    "store_all_peak_bytes": int,
-    "store_all_time_s": (int, float),
-    "minimum_bytes": int,
-    "resident_bytes": int,
-    "plan_s": (int, float),
-}
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ScheduleError(f"expected a plan file, but there is no file {path}{closest_file(Path(path))}") from None
-    except OSError as error:
-        raise ScheduleError(f"can't read the plan {path}: {error.strerror}") from error
-    except RecursionError:
-        raise ScheduleError(f"{path} is not a plan: it is nested too deeply; save the plan again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"{path} is not a plan: it isn't valid JSON ({error}); save the plan again") from None
-    if not isinstance(data, dict) or data.get("format") != _FORMAT:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise ScheduleError(f"{path} is not a plan: expected format {_FORMAT!r}, got {found!r}")
-    for key in ("graph", "schedule"):
-        if not isinstance(data.get(key), dict):
-            raise GraphError(f"{path} is not a complete plan: {key!r} is missing; save the plan again")
-    return data
 
 
 @dataclass(frozen=True, slots=True)

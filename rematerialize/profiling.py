@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rematerialize.budget import optimizer_bytes
 from rematerialize.capture import FlatInputs
 from rematerialize.plans import Plan
 from rematerialize.prepare import PreparedStep, Progress, bind_inputs, check_model, prepare_example
-from rematerialize.report.modules import WHOLE, LiveTensor, ModuleRow, module_rows, top_tensors
+from rematerialize.report.modules import NO_LINE, WHOLE, LiveTensor, ModuleRow, module_rows, top_tensors
 from rematerialize.report.sparkline import sparkline
 from rematerialize.report.table import aligned_table, plan_table
 from rematerialize.report.timeline import Timeline, kernel_title, of_schedule
@@ -62,6 +62,8 @@ class Profile:
     capture_s, cost_s : float
         Seconds that tracing and cost measurement took.
     measured : Measured, optional
+    kinds : mapping of str to str
+        The class of each module by its name.
     """
 
     timeline: Timeline
@@ -71,6 +73,7 @@ class Profile:
     capture_s: float
     cost_s: float
     measured: Measured | None = None
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def activation_peak_bytes(self) -> int:
@@ -101,17 +104,21 @@ class Profile:
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for experiment trackers."""
-        found = {
-            "peak_bytes": float(self.peak_bytes),
-            "activation_peak_bytes": float(self.activation_peak_bytes),
-            "resident_bytes": float(self.resident_bytes),
+        return {name: float(value) for name, value in self.figures().items()}
+
+    def figures(self) -> dict[str, int | float]:
+        """The same numbers, bytes and counts exact."""
+        found: dict[str, int | float] = {
+            "peak_bytes": self.peak_bytes,
+            "activation_peak_bytes": self.activation_peak_bytes,
+            "resident_bytes": self.resident_bytes,
             "step_s": self.timeline.time_s,
             "forward_s": self.phase_s("forward"),
             "backward_s": self.phase_s("backward"),
-            "ops": float(len(self.timeline.executions)),
+            "ops": len(self.timeline.executions),
         }
         if self.measured is not None:
-            found |= {f"measured_{name}": float(value) for name, value in asdict(self.measured).items()}
+            found |= {f"measured_{name}": value for name, value in asdict(self.measured).items()}
         return found
 
     def to_dict(self, depth: int | None = 2, count: int = TOP) -> dict[str, Any]:
@@ -120,7 +127,7 @@ class Profile:
             "device": self.device,
             "analytic": self.analytic,
             "resident": dict(self.resident),
-            **self.metrics(),
+            **self.figures(),
             "peak": self._peak(),
             "top_tensors": [asdict(row) for row in self.top_tensors(count)],
             "modules": [asdict(row) for row in self.modules(depth)],
@@ -147,12 +154,19 @@ class Profile:
         rows += [
             ("activations and gradients at the peak", size(self.activation_peak_bytes)),
             ("peak", size(self.peak_bytes)),
-            (f"reached in the {peak['phase']} at", f"{peak['source'] or peak['op']}  {kernel_title(peak['target'])}"),
-            ("in module", peak["module"] or WHOLE),
+            (f"reached in the {peak['phase']} at", f"{peak['source'] or NO_LINE}  {kernel_title(peak['target'])}"),
+            ("in module", self._named(peak["module"])),
             ("forward, backward", ", ".join(format_seconds(self.phase_s(phase)) for phase in ("forward", "backward"))),
             ("costs", ("computed for " if self.analytic else "measured on ") + self.device),
         ]
-        return rows if self.measured is None else rows + self._beside(self.measured, size)
+        if self.measured is None:
+            return [*rows, ("figures are of", "captured step; eager may need more")]
+        return rows + self._beside(self.measured, size)
+
+    def _named(self, module: str) -> str:
+        """A module for readers: a number alone, as a Sequential's parts have, says nothing."""
+        kind = self.kinds.get(module, "")
+        return f"{module} ({kind})" if module and kind else module or WHOLE
 
     def _beside(self, measured: Measured, size: Callable[[int], str]) -> list[tuple[str, str]]:
         def beside(predicted: float, real: float) -> str:
@@ -162,10 +176,11 @@ class Profile:
         counts = ", of kernels without Python's dispatch" if far else ""
         peak = beside(self.activation_peak_bytes, measured.peak_bytes)
         time = beside(self.timeline.time_s, measured.step_s)
+        eager = beside(self.activation_peak_bytes, measured.eager_peak_bytes)
         return [
             ("measured activations", f"{size(measured.peak_bytes)} ({peak})"),
             ("measured step", f"{format_seconds(measured.step_s)} ({time}{counts})"),
-            ("eager's activations", size(measured.eager_peak_bytes)),
+            ("eager's activations", f"{size(measured.eager_peak_bytes)} ({eager})"),
             ("eager's step", format_seconds(measured.eager_step_s)),
         ]
 
@@ -178,7 +193,7 @@ class Profile:
                 format_percent(row.size_bytes / whole),
                 row.label,
                 row.module or WHOLE,
-                row.source,
+                row.source or NO_LINE,
             )
             for row in self.top_tensors(count)
         ]
@@ -198,11 +213,11 @@ class Profile:
 
     def __str__(self) -> str:
         values = [run.live_bytes for run in self.timeline.executions]
-        at = self.timeline.boundary * 60 // max(len(values), 1)
+        at = self.timeline.boundary * min(60, len(values)) // max(len(values), 1)
         return "\n\n".join(
             [
                 plan_table("Training step, everything stored", self.overview()),
-                f"Memory over the step\n  {sparkline(values)}\n  {'forward':<{at}}backward",
+                f"Memory over the step\n  {sparkline(values)}\n  {'forward':<{max(at, 8)}}backward",
                 "Largest tensors at the peak\n" + aligned_table(TENSOR_HEADERS, self.tensor_rows(), ">><<<"),
                 "Modules\n" + aligned_table(MODULE_HEADERS, self.module_table()),
             ]
@@ -265,6 +280,7 @@ def profile(
         analytic=prepared.analytic,
         capture_s=prepared.capture_s,
         cost_s=prepared.cost_s,
+        kinds={name: type(module).__name__ for name, module in model.named_modules()},
     )
     if not measure:
         return found

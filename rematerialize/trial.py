@@ -118,3 +118,16 @@ def planned_peak(model: nn.Module, example_inputs: Any, plan: Plan, *, seed: int
     stepper = Stepper(model, example_inputs, weightless_loss, planned_forward(model, plan, example_inputs))
     with undisturbed(model):
         return measure_step_peak(stepper, seed=seed, device=str(device)).peak_bytes
+
+
+def eager_peak(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> int:
+    """Measured peak in bytes of one step of the model as it is, above what was resident.
+
+    Raises
+    ------
+    TargetError
+        If the step raises.
+    """
+    stepper = Stepper(model, example_inputs, weightless_loss)
+    with undisturbed(model), blame("a step of the model"):
+        return measure_step_peak(stepper, seed=seed, device=str(home_of(model))).peak_bytes

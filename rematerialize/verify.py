@@ -231,8 +231,11 @@ def _counted(what: str, equal: Sequence[bool], how: str, more: str = "") -> Find
 
 
 def _peak_findings(plan: Plan, measured: int, size: Callable[[int], str]) -> list[Finding]:
+    """The budget in the scope in which it was asked for, the prediction in that of the step's own allocations."""
     over = measured - plan.budget_bytes
-    kept = f"{size(measured)} measured, {size(plan.budget_bytes)} allowed"
+    besides = plan.besides_bytes
+    kept = f"{size(measured + besides)} measured, {size(plan.budget_bytes + besides)} allowed"
+    kept += f", {size(besides)} of both resident or reserved" if besides else ""
     budget = Finding("peak and budget", "kept", kept) if over <= 0 else Finding("peak and budget", "EXCEEDED", kept)
     off = abs(plan.peak_bytes - measured)
     near = off <= PEAK_TOLERANCE * measured + PEAK_SLACK_BYTES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
+from rematerialize.cli.errors import one_line_errors
 from rematerialize.ir import TrainingGraph
 from rematerialize.schedule import Schedule
 from rematerialize.simulate import simulate
@@ -396,3 +399,23 @@ def test_a_step_that_cannot_be_captured_is_exit_code_5_and_names_the_line(projec
     done = run_cli("plan", "mine:branches", "--activation-budget", "50%", cwd=project, code=5)
     assert "mine.py" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_with_what_could_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "graph.json").write_text(a_graph().to_json(), encoding="utf-8")
+    done = run_cli("solve", "graph.json", "--budget", "100%", "-o", "/dev/full", "--force", cwd=tmp_path, code=2)
+    assert the_error(done) == "can't write /dev/full: No space left on device"
+
+
+def test_memory_that_ran_out_is_no_bug_of_ours(capfd: pytest.CaptureFixture[str]) -> None:
+    words = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+    for error, says in (
+        (RuntimeError(words), "memory ran out ([enforce fail"),
+        (MemoryError(), "memory ran out (MemoryError): make the inputs smaller, or name a --device"),
+        (OSError(errno.ENOSPC, "No space left on device"), "can't write the output: No space left on device"),
+    ):
+        with pytest.raises(typer.Exit) as left, one_line_errors(debug=False):
+            raise error
+        assert left.value.exit_code == 2
+        assert says in capfd.readouterr().err

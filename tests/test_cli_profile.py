@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pty
@@ -53,6 +54,7 @@ def test_profile_shows_the_peak_the_tensors_and_the_modules(target: str, capfd: 
 def test_profile_as_json_has_a_schema_and_exact_bytes(target: str, capfd: pytest.CaptureFixture[str]) -> None:
     found = call(capfd, "profile", target, "--json", "-q").json()
     assert found["schema"] == "rematerialize.profile/1"
+    assert {type(value) for name, value in found.items() if name.endswith("_bytes")} == {int}
     assert found["resident"]["parameters"] == 4 * (32 * 32 + 32) * 4
     assert max(found["timeline"]) == found["activation_peak_bytes"]
 
@@ -85,9 +87,16 @@ def test_a_plan_is_shown_beside_store_all_and_full_checkpointing(
 
 def test_a_plan_says_what_was_asked_in_its_scope(target: str, capfd: pytest.CaptureFixture[str]) -> None:
     asked = ("plan", target, "--bytes", "--optimizer", "adamw", "--reserve", "1MiB", "--budget")
+    call(capfd, *asked, "64MiB", "-o", "plan.json")
     state, resident = 2 * 16896 + 8 * 4, 16896 + 64 * 32 * 4  # two moments and a count for each parameter
     rows = dict(
         line.strip().rsplit("  ", 1) for line in call(capfd, *asked, "64MiB").stdout.splitlines() if "in it" in line
+    )
+    plan = Plan.load("plan.json")
+    assert plan.besides_bytes == resident + 2**20 + state
+    said = call(capfd, *asked, "64MiB").stdout
+    assert re.search(
+        rf"^  smallest budget that works +{plan.minimum_bytes + plan.besides_bytes:,} B$", said, re.MULTILINE
     )
     assert {name.strip(): value for name, value in rows.items()} == {
         "resident in it": f"{resident:,} B",
@@ -170,6 +179,30 @@ def test_a_frontier_is_a_table_and_a_file(suffix: str, target: str, capfd: pytes
     said = call(capfd, "frontier", target, "--points", "3", "-o", f"f{suffix}")
     assert "of store-all" in said.stdout
     assert Path(f"f{suffix}").stat().st_size > 50
+
+
+def test_a_measured_frontier_has_predicted_and_real_figures_side_by_side_in_every_form(
+    target: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("frontier", target, "--points", "3", "--measure", "-q")
+    said = call(capfd, *asked, "-o", "f.csv").stdout
+    assert re.search(r"measured peak +off +predicted step +measured step +off +of eager's", said)
+    assert re.search(r"[\d.]+ [mu]s +[\d.]+ [mu]s +[+-]\d+\.\d%", said)
+    with Path("f.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) >= 2
+    for name in ("gap", "recomputed_ops", "with_residents_bytes", "step_s", "measured_peak_bytes", "measured_step_s"):
+        assert all(float(row[name]) >= 0 for row in rows), name
+    printed = call(capfd, *asked, "--json", "-o", "f.json").json()
+    assert json.loads(Path("f.json").read_text(encoding="utf-8")) == printed
+    assert len(printed["measured"]) == len(printed["points"])
+    for point in printed["points"]:
+        assert {type(value) for name, value in point.items() if name.endswith("_bytes")} == {int}
+    pytest.importorskip("matplotlib")
+    call(capfd, *asked, "-o", "f.svg")
+    drawn = Path("f.svg").read_text(encoding="utf-8")
+    assert "<!-- measured -->" in drawn
+    assert f"<!-- Memory and overhead of {target} -->" in drawn
 
 
 def test_a_frontier_falls_and_costs_more(target: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,14 +8,19 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rematerialize.report.origin import Origin
+from rematerialize.units import format_bytes
 from rematerialize.zoo import ENTRIES
 from rematerialize.zoo.figures import figures
 from tests.cli import ROOT, on_terminal
+from tests.reports import a_step
 from tests.test_cli import a_graph
+from tests.test_report_export_cli import a_plan
 
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|9[0-7]|38;[\d;]+)m")
 
@@ -39,6 +44,31 @@ def test_targets_and_specs_stay_whole_in_the_zoos_table(columns: int) -> None:
     for name in ENTRIES:
         assert f"zoo:{name}" in words
         assert set(figures()[name]["test"].inputs.split()) <= words
+
+
+@pytest.mark.parametrize("columns", [30, 45, 52, 60, 80, 140])
+def test_no_value_is_broken_however_narrow_the_terminal(columns: int, tmp_path: Path) -> None:
+    origin = Origin("net.py:make", "float32", "AMD EPYC 9654", asked="50%", whole=True)
+    plan = replace(a_plan(), origin=origin)
+    plan.save(tmp_path / "plan.json")
+    code, shown = on_terminal("explain", str(tmp_path / "plan.json"), columns=columns, no_color=True)
+    assert code == 0
+    lines = plain(shown).splitlines()
+    assert max(map(len, lines)) <= columns
+    rows = [cell for row in plan.explain(2).rows() for cell in row if cell.endswith(" B")]
+    assert rows
+    for value in (*rows, "net.layers", format_bytes(plan.peak_bytes), format_bytes(plan.minimum_bytes)):
+        assert any(value in line for line in lines), value
+    sizes = re.findall(r"\d (?:[KMG]i)?B\b", "\n".join(lines))
+    assert len(sizes) == len(re.findall(r"\b(?:[KMG]i)?B\b", "\n".join(lines)))
+
+
+def test_a_line_that_is_not_the_users_is_said_to_be_none(tmp_path: Path) -> None:
+    graph = a_step()
+    nameless = replace(graph, ops=tuple(replace(op, source="") for op in graph.ops))
+    replace(a_plan(), graph=nameless).save(tmp_path / "plan.json")
+    _, shown = on_terminal("explain", str(tmp_path / "plan.json"), "--ops", columns=140, no_color=True)
+    assert "(no line of yours)" in plain(shown)
 
 
 def test_a_budget_that_does_not_fit_is_one_sentence_at_a_terminal(graph_file: str) -> None:

@@ -287,3 +287,19 @@ def test_a_step_that_raises_in_eager_is_the_targets_own_failure(
     said = call(capfd, command[0], "verified_net:moody", *command[1:], code=2)
     assert "a step of verified_net:moody raised ValueError: not in this mood" in said.error()
     assert "verified_net.py, line" in said.error()
+
+
+def test_a_whole_budget_is_held_in_its_own_scope_with_what_is_reserved(capfd: pytest.CaptureFixture[str]) -> None:
+    asked = ("verify", "verified_net:make", "--budget", "4MiB", "--optimizer", "sgd", "--reserve", "3MiB")
+    said = call(capfd, *asked)
+    (line,) = [line for line in said.stdout.splitlines() if line.startswith("peak and budget")]
+    assert re.search(r"measured, 4\.00 MiB allowed, 3\.\d\d MiB of both resident or reserved$", line)
+    found = call(capfd, *asked, "--json").json()
+    assert found["budget_bytes"] + found["besides_bytes"] == 4 * 2**20
+    assert found["besides_bytes"] > 3 * 2**20
+    call(capfd, "verify", "verified_net:make", "--budget", "4MiB", "--reserve", "3.99MiB", code=3)
+    said = call(capfd, "verify", "verified_net:make", *BUDGET, "--reserve", "1MiB", code=2)
+    assert "--reserve belongs to --budget" in said.error()
+    Path("plan.json").write_text("{}", encoding="utf-8")
+    said = call(capfd, "verify", "verified_net:make", "--plan", "plan.json", "--reserve", "1MiB", code=2)
+    assert "expected a --plan, or --optimizer and --reserve with a --budget" in said.error()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -137,6 +138,14 @@ def test_what_does_not_fit_says_the_least_that_does() -> None:
     assert cell.peak_bytes is None
 
 
+def test_a_whole_budget_says_what_is_held_of_it() -> None:
+    contest = contest_of("compared_net:make")
+    request = read_budget("16MiB", None, "1MiB", "adamw", contest.target.model)
+    cell = contest.enter("ours", lambda: contest.ours(request))
+    assert cell.status == "ok"
+    assert re.fullmatch(r"1\.\d\d MiB of 16\.00 MiB with what is resident or reserved", cell.detail), cell.detail
+
+
 def test_a_step_that_is_off_by_more_than_rounding_is_named_by_what_differs() -> None:
     contest = contest_of("compared_net:make")
 
@@ -158,6 +167,8 @@ def test_a_step_that_is_off_by_more_than_rounding_is_named_by_what_differs() -> 
         (("compared_net:make", "--activation-budget", "0.5"), "--activation-budget"),
         (("compared_net:make", "--device", "NVIDIA H100 80GB"), "compare runs steps"),
         (("compared_net:make", "--rounds", "0"), "--rounds"),
+        (("compared_net:make", "--reserve", "1MiB"), "--optimizer and --reserve count in a --budget, got none"),
+        (("compared_net:make", "--activation-budget", "1MiB", "--reserve", "1MiB"), "--reserve belongs to --budget"),
         (("compared_net:mke",), "did you mean 'make'?"),
     ],
 )

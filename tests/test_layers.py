@@ -42,6 +42,7 @@ LAYERS = {
     "signature": 6,
     "prepare": 7,
     "analytic": 8,
+    "plan_file": 2,
     "plans": 8,
     "targets/": 9,
     "wrapper": 9,
@@ -67,6 +68,7 @@ NEVER_TORCH = (
     "simulate",
     "solve/",
     "report/",
+    "plan_file",
     "plans",
     "cli/",
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rematerialize as remat
+import rematerialize.batches
 from rematerialize.analytic import on_fake_tensors
 from rematerialize.errors import RematerializeError, UnitError
 from rematerialize.targets.inputs import resized
@@ -91,3 +95,38 @@ def test_a_device_that_is_not_here_is_searched_without_running_anything() -> Non
     assert found.confirmed_peak_bytes is None
     assert found.without > 5_000
     assert "computed" in str(found)
+
+
+def test_what_fits_without_a_plan_is_eagers_own_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def a_tenth_more(model: nn.Module, example_inputs: Any) -> int:
+        taken.append(example_inputs[0].shape[0])
+        if taken[-1] > 60:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return 10_000 * taken[-1] + 7
+
+    monkeypatch.setattr(rematerialize.batches, "eager_peak", a_tenth_more)
+    for budget in (390_006, 390_007, 700_000):
+        taken.clear()
+        found = remat.max_batch(model(), inputs(), activation_budget=budget)
+        assert found.without == min((budget - 7) // 10_000, 60)
+        ran = {step.batch: step.peak_bytes for step in found.eager}
+        assert found.without + 1 in ran
+        assert found.without in ran
+        assert len(taken) < 12
+    assert ran[61] is None
+    assert re.search("61 takes +more than there is", str(found))
+    assert "(computed)" not in str(found)
+
+
+def test_an_eager_step_that_holds_more_than_the_captured_one_decides() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 17, 3, padding=1), nn.BatchNorm2d(17), nn.ReLU(), nn.Conv2d(17, 17, 3, stride=2))
+    x, budget = torch.randn(2, 3, 31, 31), 2 * 2**20
+    found = remat.max_batch(net, (x,), activation_budget=budget)
+    peaks = [rematerialize.batches.eager_peak(net, resized((x,), found.without + more, 0)) for more in (0, 1)]
+    assert peaks[0] <= budget < peaks[1]
+    unconfirmed = remat.max_batch(net, (x,), activation_budget=budget, confirm=False)
+    assert unconfirmed.eager == ()
+    assert "everything stored (computed)" in str(unconfirmed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,3 +158,23 @@ def test_a_time_that_is_far_off_says_what_the_prediction_counts(slower: float, s
     rows = dict(replace(found, measured=measured).overview())
     assert ("of kernels without Python's dispatch" in rows["measured step"]) == says
     assert "kernels" not in rows["measured activations"]
+
+
+def test_a_peak_outside_of_the_users_lines_and_a_module_of_a_number_are_told_as_such() -> None:
+    model = nn.Sequential(nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 4))
+    found = remat.profile(model, (torch.randn(64, 8),))
+    rows = dict(found.overview())
+    assert any(line.startswith("(no line of yours)  ") for name, line in rows.items() if name.startswith("reached in"))
+    assert re.fullmatch(r"[012] \((Linear|ReLU)\)", rows["in module"])
+    line, below = str(found).split("Memory over the step\n")[1].splitlines()[:2]
+    assert below.index("backward") <= len(line), "the boundary stands below the drawing, however short"
+
+
+def test_eagers_peak_stands_beside_its_own_deviation() -> None:
+    found = profiled()
+    assert dict(found.overview())["figures are of"] == "captured step; eager may need more"
+    peak = found.activation_peak_bytes
+    rows = dict(replace(found, measured=Measured(peak, 1.0, 2 * peak, 1.0)).overview())
+    assert "(prediction +0.0%)" in rows["measured activations"]
+    assert "(prediction -50.0%)" in rows["eager's activations"]
+    assert "figures are of" not in rows

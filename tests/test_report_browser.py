@@ -192,6 +192,19 @@ def test_a_table_that_is_cut_says_that_it_scrolls_and_its_rows_hold_together(
     assert chromium.run(hint) == "none"
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_store_alls_name_stands_above_its_line_and_marks_of_time_below_their_places(
+    chromium: browser.Browser, page: Path, width: int
+) -> None:
+    chromium.emulate(width=width)
+    chromium.open(page)
+    edges = "const box = (one) => document.querySelector(one).getBoundingClientRect();"
+    assert chromium.run(f"{edges} return box('#plot .mark.most').bottom <= box('#plot .store-all-line').top + 1")
+    assert chromium.run(f"{edges} return box('#plot .mark.most').top >= box('#plot .mark.top').bottom - 1")
+    middle = "const first = box('#plot .tick.moment'); return (first.left + first.right) / 2 - box('#plot').left"
+    assert abs(chromium.run(f"{edges} {middle}")) < 1
+
+
 def test_the_cursor_passes_behind_figures(opened: browser.Browser) -> None:
     page_colour = colour(opened, "body", "backgroundColor")
     for selector in (".lane-name > span:last-child", ".tick.moment"):

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from rematerialize.errors import RematerializeError, ScheduleError
 from rematerialize.plans import Plan
 from rematerialize.report.figures import FrontierPoint
 from rematerialize.report.notebook import notebook_html
+from rematerialize.report.origin import Origin
 from rematerialize.report.plot import frontier_figure, memory_figure, save_figure
 from rematerialize.report.timeline import of_schedule, store_all
 from rematerialize.units import format_bytes, format_percent
@@ -206,7 +208,7 @@ def test_a_plan_draws_itself_to_a_file_or_a_figure(tmp_path: Path) -> None:
     assert b"<svg" in (tmp_path / "plan.svg").read_bytes()
     (axes,) = figure.axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["store-all, 5.86 KiB", "this plan, 4.40 KiB", "budget, 4.50 KiB"]
+    assert labels == ["store-all, 5.86 KiB", "this plan, 4.40 KiB", "activation budget, 4.50 KiB"]
     stored, planned = axes.lines[0], axes.lines[1]
     assert max(stored.get_ydata()) == 6000
     assert max(planned.get_ydata()) == plan.peak_bytes
@@ -260,3 +262,74 @@ def test_a_notebook_shows_names_as_text_and_stays_small() -> None:
     assert not {"script", "img"} & {tag for tag, _ in Elements(shown).found}
     long = store_all(a_long_step(20_000))
     assert len(notebook_html("plan", [], long, long, budget_bytes=1)) < 100_000
+
+
+@pytest.mark.parametrize("key", ["store_all_peak_bytes", "resident_bytes", "store_all_time_s", "minimum_bytes"])
+def test_a_figure_that_no_replay_gives_is_held_by_the_files_digest(folder: Path, key: str) -> None:
+    saved = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    odd = folder / "odd.json"
+    odd.write_text(json.dumps({**saved, key: saved[key] * 2 + 1, "overhead": saved["overhead"]}), encoding="utf-8")
+    with pytest.raises(ScheduleError, match=r"odd\.json: .*make a new plan"):
+        Plan.load(odd)
+    odd.write_text(json.dumps({**saved, "made_for": {"target": "another"}}), encoding="utf-8")
+    with pytest.raises(ScheduleError, match="changed since it was saved"):
+        Plan.load(odd)
+
+
+def test_a_size_that_is_not_live_at_the_peak_is_held_by_the_digest_too(folder: Path) -> None:
+    saved = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    saved["graph"]["storages"]["x"] += 1  # resident: no replay counts it
+    (folder / "odd.json").write_text(json.dumps(saved), encoding="utf-8")
+    with pytest.raises(ScheduleError, match="changed since it was saved"):
+        Plan.load(folder / "odd.json")
+
+
+def test_a_store_all_peak_far_from_the_graphs_own_is_refused_without_a_digest_too(folder: Path) -> None:
+    saved = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    del saved["digest"]
+    for factor in (100, 0.01):
+        odd = {**saved, "store_all_peak_bytes": int(saved["store_all_peak_bytes"] * factor)}
+        (folder / "odd.json").write_text(json.dumps(odd), encoding="utf-8")
+        with pytest.raises(ScheduleError, match="storing everything takes 6000 bytes by replay"):
+            Plan.load(folder / "odd.json")
+
+
+def test_files_of_before_and_files_that_tools_wrote_anew_are_read(folder: Path) -> None:
+    saved = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    old = {key: value for key, value in saved.items() if key not in ("made_for", "digest")}
+    (folder / "old.json").write_text(json.dumps(old), encoding="utf-8")
+    assert Plan.load(folder / "old.json").origin == Origin()
+    said = run_cli("explain", "old.json", cwd=folder).stdout
+    assert said.startswith("Plan of old.json\n  activation budget")
+    whole = dict(sorted(saved.items())) | {"more": [1], "store_all_time_s": int(saved["store_all_time_s"])}
+    (folder / "again.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+    assert Plan.load(folder / "again.json") == a_plan()
+
+
+def test_a_page_and_a_figure_say_what_the_plan_is_of(folder: Path) -> None:
+    origin = Origin("zoo:gpt<x>", "float32", "AMD EPYC", asked="50%", whole=True, reserve_bytes=2048)
+    replace(a_plan(), origin=origin).save(folder / "named.json")
+    loaded = Plan.load(folder / "named.json")
+    assert loaded.origin == origin
+    assert loaded.besides_bytes == 1000 + 2048
+    run_cli("export", "named.json", "-o", "page.html", cwd=folder)
+    text = "".join(Elements((folder / "page.html").read_text(encoding="utf-8")).text)
+    assert "Memory plan of zoo:gpt<x>" in text
+    assert "float32; costs measured on AMD EPYC; asked for: a budget of 50%, 2.00 KiB of it reserved" in text
+    assert f"Budget{format_bytes(loaded.budget_bytes + 3048)}smallest that works: {format_bytes(7048)}" in text
+    assert f"activation budget {format_bytes(loaded.budget_bytes)}" in text
+    said = run_cli("explain", "named.json", cwd=folder).stdout
+    assert said.startswith("Plan of zoo:gpt<x>\n  type ")
+    assert "50%: " in said
+    assert run_cli("explain", "named.json", "--json", cwd=folder).stdout.count('"target": "zoo:gpt<x>"') == 1
+    pytest.importorskip("matplotlib")
+    loaded.plot(folder / "figure.svg")
+    assert "<!-- Memory plan of zoo:gpt&lt;x&gt; -->" in (folder / "figure.svg").read_text(encoding="utf-8")
+
+
+def test_what_a_plan_is_said_to_be_for_must_be_of_the_right_kind(folder: Path) -> None:
+    saved = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    for odd in ({"target": 3}, {"reserve_bytes": -1}, {"whole": 1}, [1]):
+        (folder / "odd.json").write_text(json.dumps({**saved, "made_for": odd}), encoding="utf-8")
+        with pytest.raises(ScheduleError, match=r"odd\.json: made_for.* must be"):
+            Plan.load(folder / "odd.json")

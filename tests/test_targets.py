@@ -7,6 +7,7 @@ import json
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from rematerialize.device_table import DEVICES
 from rematerialize.errors import TargetError
 from rematerialize.targets import hf
 from rematerialize.targets.blocks import checkpoint_blocks
-from rematerialize.targets.inputs import resized
+from rematerialize.targets.inputs import argument_hint, resized
 from rematerialize.targets.load import Target, default_loss, load
 from rematerialize.targets.names import parse_target
 from rematerialize.targets.specs import FLOATS, INTEGERS, InputSpec, parse_spec, parse_specs
@@ -151,6 +152,7 @@ def test_short_forms_and_spaces(text: str, means: InputSpec) -> None:
         (["x=int64[2]<0"], "expected a bound of at least 1"),
         (["x=int64[2]<many"], "expected a bound of at least 1 behind the <, got 'many'"),
         (["x=float32[999999999999,999999999999]"], "elements"),
+        (["x=int64[999999999999,4611686]"], "expected at most 576460752303423488 elements"),
         (["x=float32[2]", "float32[2]"], "all NAME=DTYPE[DIMS] or all DTYPE[DIMS]"),
         (["x=float32[2]", "x=float32[2]"], "expected every input once, got 'x'"),
     ],
@@ -194,7 +196,8 @@ def test_a_wrong_spec_says_what_was_expected(texts: list[str], says: str) -> Non
         ("words_model:instance", "is an object of type Words; it must be a function"),
         (
             "words_model:alone",
-            "returned a model alone (Words); it must return (model, example_inputs), or give the inputs",
+            "returned a model alone (Words); it must return (model, example_inputs), or give the inputs, such as "
+            "--input input_ids=int64[8,64]",
         ),
         ("words_model:gives_a_list", "returned an object of type list as example inputs"),
         (
@@ -276,6 +279,24 @@ def test_inputs_that_make_no_call_say_what_the_forward_takes(specs: list[str], s
     with pytest.raises(TargetError) as raised:
         load("words_model:alone", specs)
     assert says in str(raised.value)
+
+
+def test_an_input_larger_than_the_machine_is_named_with_its_size(here: Path) -> None:
+    huge = ["input_ids=int64[99999999,99999]"]
+    with pytest.raises(TargetError) as raised:
+        load("words_model.py:make", huge)
+    assert "the input 'input_ids=int64[99999999,99999]' takes 72.76 TiB, this machine has" in str(raised.value)
+    assert "name a --device that isn't here" in str(raised.value)
+    assert load("words_model.py:make", huge, device="NVIDIA H100 80GB").fake
+
+
+def test_missing_inputs_are_asked_for_by_the_forwards_own_names() -> None:
+    class Pair(nn.Module):
+        def forward(self, image: Tensor, token_ids: Tensor, scale: float = 1.0, *, mask: Tensor, **more: Any) -> None:
+            """Takes three."""
+
+    said = "--input image=float32[8,64] --input token_ids=int64[8,64] --input mask=float32[8,64]"
+    assert argument_hint(Pair()) == said
 
 
 def test_a_sleeping_model_is_woken(here: Path) -> None:

@@ -6,12 +6,14 @@ import contextlib
 import functools
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
+from rematerialize.cli.completion import answering_bash
 from rematerialize.cli.console import Console
 from rematerialize.cli.errors import interrupted, one_line_errors, reader_went_away
 from rematerialize.cli.options import ForceOption, PrintedOption
@@ -89,7 +91,8 @@ def run(args: list[str]) -> int:
 
     assert commands.__all__
     try:
-        code = app(args, standalone_mode=False, prog_name="rematerialize")
+        with answering_bash(os.environ):
+            code = app(args, standalone_mode=False, prog_name="rematerialize")
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +26,8 @@ _STAGES = {
     "measure": "running steps",
 }
 _BAR = 30
-_NARROWEST = 8  # of a column whose words may be broken
-_GUTTER = 3  # between the columns of a table with lines
+_GUTTER, _TIGHT = 3, 1  # between the columns of a table with lines, as a rule and on narrow terminals
+_WORD = re.compile(r"(?:\[[^\]]*\]|\([^)]*\)|\S)+")  # "float32[4, 8]" and "(no line of yours)" are one
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +61,13 @@ class Console:
         """A size as the caller asked: three digits and a unit, or exact bytes."""
         return f"{size_bytes:,} B" if self.exact else format_bytes(size_bytes)
 
+    def json(self, kind: str, content: dict[str, Any]) -> str:
+        """One JSON object; ``schema`` names its shape and version."""
+        return json.dumps({"schema": f"rematerialize.{kind}/1", **content})
+
     def data(self, kind: str, content: dict[str, Any]) -> None:
-        """Print one JSON object; ``schema`` names its shape and version."""
-        print(json.dumps({"schema": f"rematerialize.{kind}/1", **content}))
+        """Print one JSON object."""
+        print(self.json(kind, content))
 
     def pairs(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print names and values under a title."""
@@ -70,6 +76,11 @@ class Console:
             return
         from rich.table import Table
 
+        names, values = (max((len(row[at]) for row in rows), default=0) for at in range(2))
+        room = terminal_width()
+        if names + values + _GUTTER > room:
+            _stacked(title, rows, room)
+            return
         table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
         table.add_column(style="dim")
         table.add_column(justify="right")
@@ -85,7 +96,6 @@ class Console:
         align: str = "",
         *,
         styles: Sequence[str] = (),
-        whole: Sequence[int] = (),
     ) -> None:
         """Print a table with headers under a title ("" for none).
 
@@ -95,9 +105,9 @@ class Console:
             As `aligned_table`.
         styles : sequence of str
             On a terminal, a style of rich's for each row: colour, where it means something.
-        whole : sequence of int
-            Columns whose words are never broken, since people copy them. On a terminal too narrow for that, rows become
-            paragraphs.
+
+        No value is ever broken: cells flush right stay on one line, others wrap between their words. On a terminal too
+        narrow for that, rows become paragraphs.
         """
         if not on_terminal():
             print("\n".join(filter(None, (title, aligned_table(headers, rows, align)))))
@@ -105,15 +115,21 @@ class Console:
         from rich import box
         from rich.table import Table
 
-        widths: list[int | None] = [None] * len(headers)
-        if whole:
-            found = _widths([headers, *rows], whole, terminal_width())
-            if found is None:
-                _paragraphs(title, headers, rows, styles)
-                return
-            widths = [*found]
         sides = align or "<" + ">" * (len(headers) - 1)
-        table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        room, tight = terminal_width(), False
+        widths = _widths(headers, rows, sides, room, _GUTTER)
+        if widths is None:
+            widths, tight = _widths(headers, rows, sides, room, _TIGHT), True
+        if widths is None:
+            _paragraphs(title, headers, rows, styles)
+            return
+        table = Table(
+            title=title or None,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 0 if tight else 1),
+        )
         for at, (header, side) in enumerate(zip(headers, sides, strict=True)):
             justify: Literal["left", "right"] = "right" if side == ">" else "left"
             table.add_column(header, justify=justify, overflow="fold", width=widths[at])
@@ -138,9 +154,20 @@ class Console:
         if not path.parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent}")
 
-    def write(self, path: Path, text: str) -> None:
-        """Write a result and say so."""
-        path.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
+    def write(self, path: Path, content: str | bytes) -> None:
+        """Write a result and say so.
+
+        Raises
+        ------
+        UsageError
+            Names the file: where a disk is full, the system's own error doesn't.
+        """
+        if isinstance(content, str):
+            content = (content if content.endswith("\n") else f"{content}\n").encode()
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise UsageError(f"can't write {path}: {error.strerror}") from error
         self.progress(f"wrote {path}")
 
     @contextlib.contextmanager
@@ -199,19 +226,40 @@ def terminal_width() -> int:
     return RichConsole().width
 
 
-def _widths(lines: Sequence[Sequence[str]], whole: Sequence[int], room: int) -> list[int] | None:
-    """Widths of columns that fit a terminal and break no word of some; None where there is no room for that."""
-    columns = list(zip(*lines, strict=True))
+def _widths(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], sides: str, room: int, gutter: int
+) -> list[int] | None:
+    """Widths of columns that fit a terminal and break no word, and no cell flush right; None where there is no room."""
+    columns = list(zip(headers, *rows, strict=True))
     wanted = [max(map(len, column)) for column in columns]
-    longest = [max(len(word) for cell in column for word in ["", *cell.split()]) for column in columns]
-    widths = [longest[at] if at in whole else min(_NARROWEST, wanted[at]) for at in range(len(columns))]
-    spare = room - sum(widths) - _GUTTER * len(widths) - 1
+    widths = []
+    for (header, *cells), side in zip(columns, sides, strict=True):
+        parts = cells if side == ">" else [word for cell in cells for word in _WORD.findall(cell)]
+        widths.append(max(map(len, [*header.split(), *parts]), default=0))
+    spare = room - sum(widths) - gutter * len(widths) - 1
     if spare < 0:
         return None
     for _ in range(spare):
         worst = max(range(len(widths)), key=lambda at: wanted[at] - widths[at])
         widths[worst] += widths[worst] < wanted[worst]
     return widths
+
+
+def _stacked(title: str, rows: Sequence[tuple[str, str]], room: int) -> None:
+    """Names and values where a terminal is too narrow for some pair of them: a long value is below its name."""
+    from rich.text import Text
+
+    _rich_print(Text(title, "bold"))
+    names = max(len(name) for name, _ in rows)
+    beside = [len(value) for _, value in rows if names + len(value) + _GUTTER <= room]
+    values = max(beside, default=0)
+    for name, value in rows:
+        if len(value) <= values:
+            _rich_print(Text.assemble((f" {name:<{names}}  ", "dim"), f"{value:>{values}}"))
+            continue
+        _rich_print(Text(f" {name}", "dim"))
+        for line in textwrap.wrap(value, room - 3, break_long_words=False, break_on_hyphens=False):
+            _rich_print(Text(f"   {line}"))
 
 
 def _paragraphs(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str]) -> None:

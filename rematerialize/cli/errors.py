@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 import typer
 
-from rematerialize.errors import BudgetError, CaptureError, RematerializeError
+from rematerialize.errors import BudgetError, CaptureError, RematerializeError, ran_out_of_memory
 
 NOTHING_FITS = 3
 MISMATCH = 4
@@ -50,7 +51,18 @@ def _explain(error: Exception) -> int:
     elif isinstance(error, CaptureError):
         code = 5
     elif isinstance(error, OSError):
-        message = f"{error.filename}: {error.strerror}" if error.filename else message
+        full = error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+        )  # nor does the system say what of
+        where = error.filename or ("can't write the output" if full else "")
+        message = f"{where}: {error.strerror}" if where else message
+    elif ran_out_of_memory(error):
+        message = (
+            f"memory ran out ({message.splitlines()[0] if message else type(error).__name__}): make the inputs "
+            "smaller, or name a --device that isn't here (rematerialize devices), for which nothing is allocated"
+        )
     elif not isinstance(error, (RematerializeError, UsageError)):
         code = 1
         message = f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where)"

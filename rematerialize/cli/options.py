@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rematerialize.cli.completion import devices, dtypes, one_of, optimizers, targets
 from rematerialize.cli.errors import UsageError
 from rematerialize.errors import closest_file
 from rematerialize.units import parse_budget, parse_bytes
@@ -15,6 +16,7 @@ TargetArgument = Annotated[
     str,
     typer.Argument(
         metavar="TARGET",
+        autocompletion=targets,
         help="What to train: pkg.mod:factory, path/to/file.py:factory, hf:config.json or zoo:NAME. "
         "A factory returns a model, or (model, example inputs).",
     ),
@@ -36,12 +38,22 @@ DeviceOption = Annotated[
     typer.Option(
         "--device",
         metavar="NAME",
+        autocompletion=one_of(devices),
         help='cpu, cuda, or one of a table, "NVIDIA H100 80GB": then costs are computed, not measured.',
     ),
 ]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="Default type: bfloat16, float32.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="NAME", help="Default type: bfloat16, float32.", autocompletion=one_of(dtypes)),
+]
 OptimizerOption = Annotated[
-    str | None, typer.Option("--optimizer", metavar="NAME", help="Count the state of adamw, sgd and so on.")
+    str | None,
+    typer.Option(
+        "--optimizer",
+        metavar="NAME",
+        help="Count the state of adamw, sgd and so on.",
+        autocompletion=one_of(optimizers),
+    ),
 ]
 ReserveOption = Annotated[str | None, typer.Option("--reserve", metavar="SIZE", help="Kept free besides.")]
 CostCacheOption = Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from rematerialize.cli.console import Console
 from rematerialize.cli.targets import load_target
 
 if TYPE_CHECKING:
+    from rematerialize.plans import Plan
     from rematerialize.targets.load import Target
 
 
@@ -44,6 +45,10 @@ class Session:
         from rematerialize.prepare import home_of
 
         return f"measured on {device_name(home_of(self.target.model))}"
+
+    def named(self, *plans: Plan) -> tuple[Plan, ...]:
+        """Plans that say which target they are for, in the words of the command line."""
+        return tuple(replace(plan, origin=replace(plan.origin, target=self.target.name)) for plan in plans)
 
 
 def open_session(

@@ -58,7 +58,7 @@ def frame(timelines: Sequence[Timeline], *, budget_bytes: int = 0) -> Frame:
     count = max((len(one.executions) for one in timelines), default=0)
     top = max((budget_bytes, *(one.peak_bytes for one in timelines)), default=0)
     timed = time_s >= _SHORTEST_S
-    return Frame(time_s if timed else float(max(count, 1)), max(top, 1) * 1.06, timed=timed)
+    return Frame(time_s if timed else float(max(count, 1)), max(top, 1) * 1.1, timed=timed)
 
 
 def edges(timeline: Timeline, area: Frame) -> list[float]:

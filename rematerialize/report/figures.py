@@ -38,7 +38,7 @@ def legend() -> str:
     marks = (
         (plan, "this plan"),
         (store_all, "store-all: every activation is kept"),
-        ('<path class="budget-line" d="M0 8H30"/>', "budget"),
+        ('<path class="budget-line" d="M0 8H30"/>', "activation budget"),
         ('<path class="boundary-line" d="M15 0V15"/>', "the backward begins"),
     )
     items = (f'<li><svg viewBox="0 0 30 15" aria-hidden="true">{mark}</svg>{name}</li>' for mark, name in marks)
@@ -63,7 +63,7 @@ def memory_plot(plan: Timeline, stored: Timeline, area: Frame, budget_bytes: int
     marks = [
         _mark("top before", "forward", left=begins) if begins > SIDE / 8 else "",
         _mark("top after", "backward", left=begins) if begins < SIDE * 7 / 8 else "",
-        _mark("budget", f"budget {format_bytes(budget_bytes)}", top=budget),
+        _mark("budget", f"activation budget {format_bytes(budget_bytes)}", top=budget),
         _most(stored, area) if abs(area.y(stored.peak_bytes) - budget) > SIDE / 12 else "",
     ]
     label = "Memory over the step. Arrow keys move through its executions, P goes to the peak, B to the backward."
@@ -134,9 +134,9 @@ def _point(point: FrontierPoint, place: tuple[float, float], chosen: bool) -> st
 def _axes(sizes: Sequence[Tick], moments: Sequence[Tick], area: Frame | None) -> str:
     texts = [f'<span class="tick size" style="top:{tick.at / 10:.2f}%">{tick.text}</span>' for tick in sizes]
     for at, tick in enumerate(moments):
-        edge = " first" if at == 0 else " last" if tick.at > SIDE * 0.96 else ""
-        edge += " odd" if at % 2 and len(moments) > 4 else ""
         unit = " executions" if area and not area.timed and at == 0 else ""
+        edge = " first" if unit else " last" if tick.at > SIDE * 0.96 else ""
+        edge += " odd" if at % 2 and len(moments) > 4 else ""
         texts.append(f'<span class="tick moment{edge}" style="left:{tick.at / 10:.2f}%">{tick.text}{unit}</span>')
     return "".join(texts)
 

@@ -14,6 +14,7 @@ from rematerialize.ir import TrainingGraph
 from rematerialize.report.curves import frame
 from rematerialize.report.figures import FrontierPoint, legend, memory_plot, strip
 from rematerialize.report.lanes import lanes
+from rematerialize.report.origin import Origin
 from rematerialize.report.page_tables import frontier_section, modules_table, moments_table
 from rematerialize.report.payload import embedded_json, page_data
 from rematerialize.report.timeline import Timeline, of_schedule, store_all
@@ -34,6 +35,7 @@ def html_report(
     chosen: int | None = None,
     title: str = "Memory plan of a training step",
     about: str = "",
+    origin: Origin | None = None,
 ) -> str:
     """Return a page about a plan: its memory over time, its schedule, its modules, and the frontier if there is one.
 
@@ -54,6 +56,8 @@ def html_report(
     chosen : int, optional
         Position in `frontier` of the plan that the page is about.
     title : str
+    origin : Origin, optional
+        What the plan was made for: told below the title, and the scope in which the page shows budgets.
     about : str
         A sentence below the page's first, where something is to be said about which plan it shows.
 
@@ -73,6 +77,8 @@ def html_report(
     if chosen is not None and not 0 <= chosen < len(frontier):
         raise RematerializeError(f"chosen must be a position in the frontier of {len(frontier)} points, got {chosen!r}")
     budget = schedule.budget_bytes if budget_bytes is None else budget_bytes
+    origin = Origin() if origin is None else origin
+    besides = (resident_bytes or 0) + origin.reserve_bytes if origin.whole else None
     plan = of_schedule(graph, schedule)
     stored = store_all(graph) if stored is None else stored
     minimum = schedule.minimum_bytes if minimum_bytes is None else minimum_bytes
@@ -81,9 +87,10 @@ def html_report(
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = Template(_asset("page.html")).substitute(
         title=escape(title),
+        origin=f'<p class="note">{escape(made_for)}</p>' if (made_for := origin.line()) else "",
         claim=_claim(plan, stored),
         about=f'<p class="note">{escape(about)}</p>' if about else "",
-        figures=_figures(plan, stored, schedule, budget, minimum),
+        figures=_figures(plan, stored, schedule, _budget(budget, minimum, besides)),
         keys_note="Point at the step, or move through it with the arrow keys."
         if plan.executions
         else "The step is empty.",
@@ -126,7 +133,19 @@ def _claim(plan: Timeline, stored: Timeline) -> str:
     )
 
 
-def _figures(plan: Timeline, stored: Timeline, schedule: Schedule, budget_bytes: int, minimum_bytes: int) -> str:
+def _budget(budget_bytes: int, minimum_bytes: int, besides_bytes: int | None) -> tuple[tuple[str, str, str], ...]:
+    """The budget in the scope in which it was asked for, and what of it is for activations."""
+    allowed, least = format_bytes(budget_bytes), format_bytes(minimum_bytes)
+    if besides_bytes is None:
+        return (("Activation budget", allowed, f"smallest that works: {least}"),)
+    whole, least_whole = format_bytes(budget_bytes + besides_bytes), format_bytes(minimum_bytes + besides_bytes)
+    return (
+        ("Budget", whole, f"smallest that works: {least_whole}"),
+        ("Activation budget", allowed, f"what residents leave of it; at least {least}"),
+    )
+
+
+def _figures(plan: Timeline, stored: Timeline, schedule: Schedule, budget: tuple[tuple[str, str, str], ...]) -> str:
     by_key = {lane.key: lane for lane in lanes(plan)}
     again = by_key["recomputed"]
     share = format_percent(plan.peak_bytes / max(stored.peak_bytes, 1))
@@ -134,11 +153,15 @@ def _figures(plan: Timeline, stored: Timeline, schedule: Schedule, budget_bytes:
     gap = schedule.to_dict()["gap"]
     proven = "" if gap is None else f"at most {format_percent(gap)} above the least possible"
     rows = (
-        ("Budget", format_bytes(budget_bytes), f"smallest that works: {format_bytes(minimum_bytes)}"),
+        *budget,
         ("Peak", format_bytes(plan.peak_bytes), f"{share} of store-all"),
         ("Store-all peak", format_bytes(stored.peak_bytes), "without recomputation"),
         ("Overhead", overhead, "more compute time"),
         ("Step", format_seconds(plan.time_s), proven or f"store-all {format_seconds(stored.time_s)}"),
-        ("Recomputed", f"{len(again.positions):,} ops", f"of {len(plan.graph.ops):,}, {format_seconds(again.time_s)}"),
+        (
+            "Recomputed",
+            f"{(count := len(again.positions)):,} {'op' if count == 1 else 'ops'}",
+            f"of {len(plan.graph.ops):,}, {format_seconds(again.time_s)}",
+        ),
     )
     return "\n".join(f"<div><dt>{name}</dt><dd>{value}<small>{more}</small></dd></div>" for name, value, more in rows)

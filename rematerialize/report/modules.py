@@ -14,6 +14,7 @@ from rematerialize.ir import Op
 from rematerialize.report.timeline import Timeline
 from rematerialize.simulate import Instance
 
+NO_LINE = "(no line of yours)"  # for the source "": autograd's own work, or a layer of torch's that a container calls
 WHOLE = "(model)"  # what a reader sees for the module "", the model itself
 
 

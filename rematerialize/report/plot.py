@@ -21,15 +21,15 @@ SUFFIXES = (".png", ".svg", ".pdf")
 _PLAN, _STORED, _BUDGET, _QUIET = "#0b5cad", "#7d858f", "#b3370a", "#535a63"
 
 
-def memory_figure(plan: Timeline, stored: Timeline, *, budget_bytes: int) -> Figure:
-    """Return a figure of memory over the step: the plan, store-all, the budget, where the backward begins.
+def memory_figure(plan: Timeline, stored: Timeline, *, budget_bytes: int, title: str = "") -> Figure:
+    """Return a figure of memory over the step: the plan, store-all, the activation budget, where the backward begins.
 
     Raises
     ------
     RematerializeError
         If matplotlib isn't installed.
     """
-    figure, axes = _canvas()
+    figure, axes = _canvas(title)
     area = frame((plan, stored), budget_bytes=budget_bytes)
     for timeline, colour, shade, width, name in (
         (stored, _STORED, 0.18, 1.0, f"store-all, {format_bytes(stored.peak_bytes)}"),
@@ -39,9 +39,8 @@ def memory_figure(plan: Timeline, stored: Timeline, *, budget_bytes: int) -> Fig
         x, y = [at for at, _ in points], [size for _, size in points]
         axes.fill_between(x, y, color=colour, alpha=shade, linewidth=0)
         axes.plot(x, y, color=colour, linewidth=width, label=name)
-    axes.axhline(
-        budget_bytes, color=_BUDGET, linestyle="--", linewidth=1.4, label=f"budget, {format_bytes(budget_bytes)}"
-    )
+    allowed = f"activation budget, {format_bytes(budget_bytes)}"
+    axes.axhline(budget_bytes, color=_BUDGET, linestyle="--", linewidth=1.4, label=allowed)
     begins = edges(plan, area)[plan.boundary]
     axes.axvline(begins, color="black", linestyle=":", linewidth=1)
     for text, side, offset in (("forward", "right", -4), ("backward", "left", 4)):
@@ -66,8 +65,14 @@ def memory_figure(plan: Timeline, stored: Timeline, *, budget_bytes: int) -> Fig
     return figure
 
 
-def frontier_figure(points: Sequence[FrontierPoint], *, chosen: int | None = None) -> Figure:
-    """Return a figure of peak against overhead, the chosen plan named.
+def frontier_figure(
+    points: Sequence[FrontierPoint],
+    *,
+    chosen: int | None = None,
+    measured: Sequence[FrontierPoint] = (),
+    title: str = "",
+) -> Figure:
+    """Return a figure of peak against overhead, the chosen plan named, measured points beside the predicted ones.
 
     Raises
     ------
@@ -78,13 +83,34 @@ def frontier_figure(points: Sequence[FrontierPoint], *, chosen: int | None = Non
         raise RematerializeError("a frontier needs at least one point to be drawn, got none")
     if chosen is not None and not 0 <= chosen < len(points):
         raise RematerializeError(f"chosen must be a position in the frontier of {len(points)} points, got {chosen!r}")
-    figure, axes = _canvas()
-    line = sorted(points, key=lambda point: point.peak_bytes)
-    sizes, overheads = [point.peak_bytes for point in line], [100 * point.overhead for point in line]
-    axes.plot(sizes, overheads, color=_PLAN, marker="o", markerfacecolor="white", linewidth=1.6, clip_on=False)
-    area = frame((), budget_bytes=max(sizes))
+    figure, axes = _canvas(title)
+    sizes, overheads = _coordinates(points)
+    axes.plot(
+        sizes,
+        overheads,
+        color=_PLAN,
+        marker="o",
+        markerfacecolor="white",
+        linewidth=1.6,
+        clip_on=False,
+        label="predicted",
+    )
+    real_sizes, real_overheads = _coordinates(measured)
+    if measured:
+        axes.plot(
+            real_sizes,
+            real_overheads,
+            color=_BUDGET,
+            marker="x",
+            linestyle=":",
+            linewidth=1.2,
+            clip_on=False,
+            label="measured",
+        )
+        axes.legend(loc="upper right", frameon=False, fontsize=9)
+    area = frame((), budget_bytes=max(*sizes, *real_sizes, 0))
     axes.set_xlim(0, area.top_bytes)
-    axes.set_ylim(0, max(*overheads, 0.5) * 1.08)
+    axes.set_ylim(min(*real_overheads, 0, 0) * 1.08, max(*overheads, *real_overheads, 0.5) * 1.08)
     marks = size_ticks(area)
     axes.set_xticks([area.top_bytes * (1 - tick.at / 1000) for tick in marks], [tick.text for tick in marks])
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
@@ -104,6 +130,11 @@ def frontier_figure(points: Sequence[FrontierPoint], *, chosen: int | None = Non
             fontweight="bold",
         )
     return figure
+
+
+def _coordinates(points: Sequence[FrontierPoint]) -> tuple[list[int], list[float]]:
+    line = sorted(points, key=lambda point: point.peak_bytes)
+    return [point.peak_bytes for point in line], [100 * point.overhead for point in line]
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -131,7 +162,7 @@ def figure_bytes(figure: Figure, suffix: str) -> bytes:
     return content.getvalue()
 
 
-def _canvas() -> tuple[Figure, Axes]:
+def _canvas(title: str) -> tuple[Figure, Axes]:
     """One pair of axes without pyplot, which would keep state and choose a window system."""
     try:
         from matplotlib.figure import Figure
@@ -141,6 +172,8 @@ def _canvas() -> tuple[Figure, Axes]:
         ) from None
     figure = Figure(figsize=(8, 4), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
+    if title:
+        figure.suptitle(title, fontsize=10, x=0.01, ha="left", color="#16191d", parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     axes.grid(axis="y", color="#d5d9de", linewidth=0.6)

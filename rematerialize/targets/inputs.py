@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rematerialize.budget import device_bytes
 from rematerialize.errors import TargetError, did_you_mean
 from rematerialize.targets.specs import INTEGERS, InputSpec
 from rematerialize.torch_private import tree_flatten, tree_unflatten
+from rematerialize.units import format_bytes
 from rematerialize.zoo.spec import Inputs
 
 _SEED = 0
@@ -35,6 +38,7 @@ def make_inputs(specs: Sequence[InputSpec], model: nn.Module) -> Inputs:
     generator.manual_seed(_SEED)
     tensors = []
     for position, spec in enumerate(specs):
+        _check_room(spec)
         name = spec.name or (list(parameters)[position] if position < len(parameters) else "")
         if spec.dtype in INTEGERS and spec.bound is None and bound and set(name.split("_")) & set(_ID_WORDS):
             spec = replace(spec, bound=bound)
@@ -82,6 +86,33 @@ def _check_call(specs: Sequence[InputSpec], forward: Callable[..., Any]) -> None
         raise TargetError(f"the inputs {given} don't fit the forward: {error}; it takes {signature}") from None
 
 
+def _check_room(spec: InputSpec) -> None:
+    """Refuse what this machine can't hold before the system ends the process for it; fake tensors take nothing."""
+    size_bytes = math.prod(spec.shape) * getattr(torch, spec.dtype).itemsize
+    has = device_bytes(torch.device("cpu"))
+    if size_bytes > has and type(torch.empty(0)) is Tensor:
+        raise TargetError(
+            f"the input {str(spec)!r} takes {format_bytes(size_bytes)}, this machine has {format_bytes(has)}: make it "
+            "smaller, or name a --device that isn't here (rematerialize devices), for which nothing is allocated"
+        )
+
+
+def argument_hint(model: nn.Module) -> str:
+    """How the inputs that a model's forward takes may be given: ``--input`` for each argument without a default."""
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [
+        name
+        for name, parameter in _parameters(model.forward).items()
+        if parameter.kind in plain and parameter.default is inspect.Parameter.empty
+    ]
+    return " ".join(f"--input {name}={_likely(name)}" for name in needed) or "--input float32[8,64]"
+
+
+def _likely(name: str) -> str:
+    words = set(name.lower().split("_"))
+    return "int64[8,64]" if words & {*_ID_WORDS, "label", "labels", "target", "targets"} else "float32[8,64]"
+
+
 def _made(spec: InputSpec, generator: torch.Generator) -> Tensor:
     dtype: torch.dtype = getattr(torch, spec.dtype)
     if dtype == torch.bool:
@@ -95,6 +126,11 @@ def _made(spec: InputSpec, generator: torch.Generator) -> Tensor:
     return torch.randn(spec.shape, dtype=dtype, generator=generator)
 
 
+def flat_tensors(inputs: Inputs) -> list[Tensor]:
+    """All tensors of a call, in containers, too."""
+    return [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
+
+
 def batch_of(inputs: Inputs, dim: int) -> int:
     """The batch of a call: the size along ``dim`` of the first tensor that has such a dimension.
 
@@ -103,9 +139,9 @@ def batch_of(inputs: Inputs, dim: int) -> int:
     TargetError
         If no tensor has one.
     """
-    for leaf in tree_flatten(inputs)[0]:
-        if isinstance(leaf, Tensor) and _has(leaf, dim):
-            return leaf.shape[dim]
+    for tensor in flat_tensors(inputs):
+        if _has(tensor, dim):
+            return tensor.shape[dim]
     raise TargetError(
         f"expected an input with a dimension {dim} for the batch, but none has one; give another --batch-dim"
     )

@@ -18,7 +18,7 @@ from rematerialize.targets import hf
 from rematerialize.targets.blocks import checkpoint_blocks
 from rematerialize.targets.devices import Device, find_device
 from rematerialize.targets.factory import blame, described, find_factory
-from rematerialize.targets.inputs import batch_of, make_inputs, resized
+from rematerialize.targets.inputs import argument_hint, batch_of, make_inputs, resized
 from rematerialize.targets.names import TargetName, parse_target, zoo_entry
 from rematerialize.targets.specs import InputSpec, parse_dtype, parse_specs
 from rematerialize.torch_private import tree_flatten
@@ -195,7 +195,7 @@ def _plain(name: TargetName, specs: Sequence[InputSpec], by_hand: bool, seed: in
     elif inputs is None:
         raise TargetError(
             f"the factory {name.text!r} returned a model alone ({type(model).__name__}); it must return "
-            "(model, example_inputs), or give the inputs: --input x=float32[8,64]"
+            f"(model, example_inputs), or give the inputs, such as {argument_hint(model)}"
         )
     return _checked(name, model, inputs, loss_of)
 

@@ -85,11 +85,12 @@ def _example(path: Path) -> str:
         body = ast.parse(path.read_bytes()).body
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         body = []
-    found = [node.name for node in body if isinstance(node, ast.FunctionDef) and _takes_nothing(node.args)]
+    found = [node.name for node in body if isinstance(node, ast.FunctionDef) and takes_nothing(node.args)]
     return f"{path}:{'make' if 'make' in found else next(iter(found), 'FACTORY')}"
 
 
-def _takes_nothing(parameters: ast.arguments) -> bool:
+def takes_nothing(parameters: ast.arguments) -> bool:
+    """Whether a function with these parameters can be called without arguments."""
     positional = len(parameters.posonlyargs) + len(parameters.args)
     return positional == len(parameters.defaults) and None not in parameters.kw_defaults
 

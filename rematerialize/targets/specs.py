@@ -40,7 +40,7 @@ _SHAPE = re.compile(
     r"(?:(?P<name>[^=]*)=)?\s*(?P<dtype>[^\[\]<>=]*?)\s*\[(?P<dims>[^\[\]]*)\]\s*(?:<\s*(?P<bound>.*))?"
 )
 _EXAMPLE = "write for example input_ids=int64[8,2048]"
-_LARGEST = 2**62  # of all elements: torch's own limit on what can be counted
+_LARGEST = 2**59  # of all elements: those of 16 bytes are as many as torch can count bytes of
 
 
 @dataclass(frozen=True, slots=True)

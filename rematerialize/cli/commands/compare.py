@@ -9,14 +9,18 @@ import typer
 
 from rematerialize.cli.app import command
 from rematerialize.cli.console import Console
+from rematerialize.cli.errors import UsageError
 from rematerialize.cli.options import (
     ActivationBudgetOption,
     BudgetOption,
     CostCacheOption,
     DeviceOption,
     DtypeOption,
+    OptimizerOption,
+    ReserveOption,
     SpecOption,
     TargetArgument,
+    check_besides,
     check_budgets,
 )
 from rematerialize.cli.session import open_session, user_output
@@ -38,6 +42,8 @@ def compare(
     inputs: SpecOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    optimizer: OptimizerOption = None,
+    reserve: ReserveOption = None,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Timed rounds.")] = 5,
     cost_cache: CostCacheOption = None,
 ) -> None:
@@ -46,6 +52,9 @@ def compare(
     Without a budget: ours at half of store-all's peak, at per block's peak, and at the least that works.
     """
     check_budgets(budget, activation_budget, required=False)
+    check_besides(activation_budget, reserve, optimizer)
+    if budget is None and (reserve is not None or optimizer is not None):
+        raise UsageError("--optimizer and --reserve count in a --budget, got none: give one, or leave them out")
     check_target(target, inputs, dtype)
     session = open_session(console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache, steps="compare")
     with user_output():
@@ -53,7 +62,10 @@ def compare(
         from rematerialize.budget import read_budget
 
         asked = budget or activation_budget
-        requests = [(asked, read_budget(budget, activation_budget))] if asked else []
+        request = (
+            read_budget(budget, activation_budget, reserve or 0, optimizer, session.target.model) if asked else None
+        )
+        requests = [(asked, request)] if asked and request else []
         cells = contest.compare(
             session.target,
             lambda per_block: load_target(target, inputs, dtype=dtype, device=device, per_block=per_block),

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rematerialize.cli.app import command
+from rematerialize.cli.commands.plan import budget_rows
 from rematerialize.cli.console import Console
 from rematerialize.cli.errors import UsageError
 from rematerialize.cli.options import DepthOption, check_plan_file
 from rematerialize.errors import did_you_mean
+from rematerialize.report.modules import NO_LINE
 from rematerialize.report.timeline import kernel_title
 from rematerialize.units import format_seconds
 
 if TYPE_CHECKING:
+    from rematerialize.plans import Plan
     from rematerialize.report.explain import Explanation
 
 
@@ -32,6 +35,13 @@ def _within(name: str, module: str | None) -> str:
     return name.removeprefix(module).removeprefix(".") or "(itself)"
 
 
+def _about(console: Console, plan: Plan) -> list[tuple[str, str]]:
+    """What a plan was made for, as far as its file says, and what it needs."""
+    made_for = [("type", plan.origin.dtype), ("costs", plan.origin.costs)]
+    rows = [*made_for, *budget_rows(console.size, plan), ("peak", console.size(plan.peak_bytes))]
+    return [(name, value) for name, value in rows if value]
+
+
 @command
 def explain(
     console: Console,
@@ -46,7 +56,8 @@ def explain(
     check_plan_file(plan_file, "explain")
     from rematerialize.plans import Plan
 
-    explained = Plan.load(plan_file).explain(depth)
+    plan = Plan.load(plan_file)
+    explained = plan.explain(depth)
     rows = explained.ops
     if module is not None:
         rows = tuple(row for row in rows if row.module == module or row.module.startswith(f"{module}."))
@@ -54,9 +65,12 @@ def explain(
             names = sorted(_modules_of(explained))
             raise UsageError(f"no module {module!r} in {plan_file}{did_you_mean(module, names)}")
     if console.as_json:
-        console.data("explain", {**explained.to_dict(), "ops": [row.to_dict() for row in rows]})
+        content = {"made_for": plan.origin.to_dict(), **explained.to_dict(), "ops": [row.to_dict() for row in rows]}
+        console.data("explain", content)
         return
     if module is None:
+        console.pairs(f"Plan of {plan.origin.target or plan_file.name}", _about(console, plan))
+        print()
         console.table("Modules", explained.headers, explained.rows(console.size))
     if module is None and not ops:
         return
@@ -69,7 +83,7 @@ def explain(
             (
                 kernel_title(row.target),
                 _within(row.module, module),
-                row.source,
+                row.source or NO_LINE,
                 row.decision,
                 str(row.runs),
                 console.size(row.stored_bytes) if row.stored_bytes else "-",

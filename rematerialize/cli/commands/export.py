@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rematerialize.cli.app import command
+from rematerialize.cli.completion import one_of
 from rematerialize.cli.console import Console
 from rematerialize.cli.errors import UsageError
 from rematerialize.cli.options import ForceOption, OutputOption, check_plan_file, existing_file
@@ -37,6 +38,7 @@ def export(
         typer.Option(
             "--format",
             metavar="NAME",
+            autocompletion=one_of(lambda: _SUFFIXES),
             help="html: a page to show to others; perfetto: a trace for ui.perfetto.dev; memory_viz: a snapshot for "
             "pytorch.org/memory_viz; csv: a row per execution; png, svg: a figure. By default, what -o ends in.",
         ),
@@ -68,8 +70,7 @@ def export(
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
         return
-    output.write_bytes(content)
-    console.progress(f"wrote {output}")
+    console.write(output, content)
     if console.as_json:
         console.data("export", {"format": wanted, "path": str(output), "size_bytes": len(content)})
 
@@ -134,7 +135,8 @@ def _html(plan: Plan, name: str, others: Sequence[Plan]) -> bytes:
         stored=plan.stored_timeline(),
         frontier=points if others else (),
         chosen=own if others else None,
-        title=f"Memory plan of a training step: {name}",  # a plan file knows no model's name
+        title=f"Memory plan of {plan.origin.target or f'a training step: {name}'}",
+        origin=plan.origin,
     ).encode()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,13 +26,14 @@ from rematerialize.cli.options import (
     check_reserve,
 )
 from rematerialize.cli.session import open_session, user_output
+from rematerialize.report.figures import FrontierPoint
 from rematerialize.units import format_percent, format_seconds
 
 if TYPE_CHECKING:
     from rematerialize.plans import Plan
     from rematerialize.trial import Trial
 
-_SUFFIXES = (".html", ".png", ".svg", ".pdf", ".csv")
+_SUFFIXES = (".html", ".png", ".svg", ".pdf", ".csv", ".json")
 
 
 @command
@@ -48,7 +51,7 @@ def frontier(
     force: ForceOption = False,
     cost_cache: CostCacheOption = None,
 ) -> None:
-    """Plan for falling budgets: the memory / overhead curve, as a table, a page (.html) or a figure (.png, .svg)."""
+    """Plan for falling budgets: the memory / overhead curve, as a table, page (.html), figure (.png) or data (.csv)."""
     console.check_output(output, force=force)
     reserve_bytes = check_reserve(reserve)
     if output is not None and output.suffix.lower() not in _SUFFIXES:
@@ -67,23 +70,117 @@ def frontier(
             from rematerialize.trial import settle, try_plans
 
             settle(model, example_inputs)
-        plans = api.frontier(model, example_inputs, points=points, **session.options)
+        plans = session.named(*api.frontier(model, example_inputs, points=points, **session.options))
         if measure:
             console.progress("running steps")
             _, trials = try_plans(model, example_inputs, plans)
-    besides_bytes = state_bytes + reserve_bytes
+    curve = _Curve(target, session.costs, plans, trials, state_bytes, reserve_bytes)
     if output is not None:
-        _write(console, output, target, plans, besides_bytes)
-    headers, rows = _table(console, plans, trials, besides_bytes)
+        _write(console, output, curve)
     if console.as_json:
-        measured = [{"peak_bytes": t.peak_bytes, "step_s": t.step_s, "of_eager": t.ratio} for t in trials]
-        besides = {"optimizer_bytes": state_bytes, "reserve_bytes": reserve_bytes}
-        points_data = [plan.metrics() for plan in plans]
-        console.data("frontier", {"target": target, **besides, "points": points_data, "measured": measured})
+        console.data("frontier", curve.to_dict())
         return
+    headers, rows = curve.table(console.size)
     shown = _shown(plans) if output is not None and output.suffix.lower() == ".html" else None
     styles = ["green" if at == shown else "" for at in range(len(rows))]
     console.table(f"Memory and overhead of {target}, costs {session.costs}", headers, rows, styles=styles)
+
+
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """The plans of a target by falling budget, and a real step of each, if they ran."""
+
+    target: str
+    costs: str
+    plans: tuple[Plan, ...]
+    trials: tuple[Trial, ...]
+    optimizer_bytes: int
+    reserve_bytes: int
+
+    def with_residents(self, plan: Plan) -> int:
+        """Peak of all that a plan's step holds, what was asked to be counted besides included."""
+        return plan.peak_bytes + plan.resident_bytes + self.optimizer_bytes + self.reserve_bytes
+
+    def predicted(self) -> list[FrontierPoint]:
+        """The plans as points of a drawing."""
+        return [FrontierPoint(plan.budget_bytes, plan.peak_bytes, plan.overhead) for plan in self.plans]
+
+    def measured(self) -> list[FrontierPoint]:
+        """Their real steps, each over the real step that stores everything: the first plan's."""
+        pairs = zip(self.plans, self.trials, strict=True) if self.trials else ()
+        return [
+            FrontierPoint(plan.budget_bytes, trial.peak_bytes, trial.ratio / self.trials[0].ratio - 1)
+            for plan, trial in pairs
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON-ready data; bytes are ints."""
+        return {
+            "target": self.target,
+            "costs": self.costs,
+            "optimizer_bytes": self.optimizer_bytes,
+            "reserve_bytes": self.reserve_bytes,
+            "points": [{**plan.figures(), "with_residents_bytes": self.with_residents(plan)} for plan in self.plans],
+            "measured": [
+                {"peak_bytes": trial.peak_bytes, "step_s": trial.step_s, "of_eager": trial.ratio}
+                for trial in self.trials
+            ],
+        }
+
+    def to_csv(self) -> str:
+        """A row per plan: what the table shows, exact; an empty cell where nothing is proven."""
+        names = ["budget_bytes", "peak_bytes", "store_all_peak_bytes", "resident_bytes", "with_residents_bytes"]
+        names += ["overhead", "gap", "recomputed_ops", "step_s"]
+        more = ["measured_peak_bytes", "measured_step_s", "of_eager"] if self.trials else []
+        data = self.to_dict()
+        lines = [",".join(names + more)]
+        for at, point in enumerate(data["points"]):
+            real = list(data["measured"][at].values()) if self.trials else []
+            values = [*(point.get(name) for name in names), *real]
+            lines.append(",".join("" if value is None else repr(value) for value in values))
+        return "\n".join(lines)
+
+    def table(self, size: Callable[[int], str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Headers and rows; measured figures follow the predicted ones, with how far the prediction is off."""
+        headers: tuple[str, ...] = (
+            "activation peak",
+            "of store-all",
+            "with residents",
+            "overhead",
+            "gap",
+            "recomputed ops",
+        )
+        rows: list[tuple[str, ...]] = [
+            (
+                size(plan.peak_bytes),
+                format_percent(plan.peak_bytes / max(plan.store_all_peak_bytes, 1)),
+                size(self.with_residents(plan)),
+                format_percent(plan.overhead),
+                "-" if plan.gap is None else format_percent(plan.gap),
+                str(plan.recomputed),
+            )
+            for plan in self.plans
+        ]
+        if not self.trials:
+            return headers, rows
+        headers += ("measured peak", "off", "predicted step", "measured step", "off", "of eager's")
+        return headers, [
+            (
+                *row,
+                size(trial.peak_bytes),
+                _off(plan.peak_bytes, trial.peak_bytes),
+                format_seconds(plan.schedule.time_s),
+                format_seconds(trial.step_s),
+                _off(plan.schedule.time_s, trial.step_s),
+                f"{trial.ratio:.2f}",
+            )
+            for row, plan, trial in zip(rows, self.plans, self.trials, strict=True)
+        ]
+
+
+def _off(predicted: float, real: float) -> str:
+    """By how much a prediction is above what was measured."""
+    return f"{100 * (predicted / real - 1):+.1f}%" if real else "-"
 
 
 def _shown(plans: tuple[Plan, ...]) -> int:
@@ -91,41 +188,8 @@ def _shown(plans: tuple[Plan, ...]) -> int:
     return len(plans) // 2
 
 
-def _table(
-    console: Console, plans: tuple[Plan, ...], trials: tuple[Trial, ...], besides_bytes: int
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    headers: tuple[str, ...] = (
-        "activation peak",
-        "of store-all",
-        "with residents",
-        "overhead",
-        "gap",
-        "recomputed ops",
-    )
-    rows: list[tuple[str, ...]] = [
-        (
-            console.size(plan.peak_bytes),
-            format_percent(plan.peak_bytes / max(plan.store_all_peak_bytes, 1)),
-            console.size(plan.peak_bytes + plan.resident_bytes + besides_bytes),
-            format_percent(plan.overhead),
-            "-" if plan.gap is None else format_percent(plan.gap),
-            str(plan.recomputed),
-        )
-        for plan in plans
-    ]
-    if trials:
-        headers += ("measured peak", "measured step", "of eager's")
-        rows = [
-            (*row, console.size(trial.peak_bytes), format_seconds(trial.step_s), f"{trial.ratio:.2f}")
-            for row, trial in zip(rows, trials, strict=True)
-        ]
-    return headers, rows
-
-
-def _write(console: Console, output: Path, target: str, plans: tuple[Plan, ...], besides_bytes: int) -> None:
-    from rematerialize.report.figures import FrontierPoint
-
-    points = [FrontierPoint(plan.budget_bytes, plan.peak_bytes, plan.overhead) for plan in plans]
+def _write(console: Console, output: Path, curve: _Curve) -> None:
+    plans, points = curve.plans, curve.predicted()
     suffix = output.suffix.lower()
     if suffix == ".html":
         from rematerialize.report.html import html_report
@@ -139,23 +203,23 @@ def _write(console: Console, output: Path, target: str, plans: tuple[Plan, ...],
             plan.graph,
             plan.schedule,
             budget_bytes=plan.budget_bytes,
-            resident_bytes=plan.resident_bytes + besides_bytes,
+            resident_bytes=plan.resident_bytes + curve.optimizer_bytes + curve.reserve_bytes,
             minimum_bytes=plan.minimum_bytes,
             stored=plan.stored_timeline(),
             frontier=points,
             chosen=chosen,
-            title=f"Memory and overhead of {target}",
-            about=f"This page shows {which}. For another: rematerialize plan {target} --activation-budget SIZE -o "
-            "plan.json, then rematerialize export plan.json -o page.html.",
+            title=f"Memory and overhead of {curve.target}",
+            origin=plan.origin,
+            about=f"This page shows {which}. For another: rematerialize plan {curve.target} --activation-budget SIZE "
+            "-o plan.json, then rematerialize export plan.json -o page.html.",
         )
         console.write(output, page)
         return
-    if suffix == ".csv":
-        lines = ["budget_bytes,peak_bytes,overhead"]
-        lines += [f"{point.budget_bytes},{point.peak_bytes},{point.overhead!r}" for point in points]
-        console.write(output, "\n".join(lines))
+    if suffix in (".csv", ".json"):
+        console.write(output, curve.to_csv() if suffix == ".csv" else console.json("frontier", curve.to_dict()))
         return
     from rematerialize.report.plot import frontier_figure, save_figure
 
-    save_figure(frontier_figure(points), output)
+    figure = frontier_figure(points, measured=curve.measured(), title=plans[0].origin.title("Memory and overhead"))
+    save_figure(figure, output)
     console.progress(f"wrote {output}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,7 +31,6 @@ from rematerialize.cli.session import Session, open_session, user_output
 from rematerialize.units import format_percent, format_seconds
 
 if TYPE_CHECKING:
-    from rematerialize.budget import BudgetRequest
     from rematerialize.plans import Plan
 
 
@@ -63,14 +63,16 @@ def plan(
     with user_output():
         from rematerialize import api
 
-        made = api.plan(
-            session.target.model,
-            session.target.inputs,
-            budget=budget,
-            activation_budget=activation_budget,
-            optimizer=optimizer,
-            reserve=reserve or 0,
-            **session.options,
+        (made,) = session.named(
+            api.plan(
+                session.target.model,
+                session.target.inputs,
+                budget=budget,
+                activation_budget=activation_budget,
+                optimizer=optimizer,
+                reserve=reserve or 0,
+                **session.options,
+            )
         )
     console.progress(f"planned in {format_seconds(time.perf_counter() - start_s)}")
     if output is not None:
@@ -81,13 +83,10 @@ def plan(
     if console.as_json:
         console.data("plan", made.to_dict())
         return
-    from rematerialize.budget import read_budget
-
-    request = read_budget(budget, activation_budget, reserve or 0, optimizer, session.target.model)
-    _print(console, session, made, request, depth)
+    _print(console, session, made, depth)
 
 
-def _print(console: Console, session: Session, made: Plan, request: BudgetRequest, depth: int) -> None:
+def _print(console: Console, session: Session, made: Plan, depth: int) -> None:
     assert made.prepared is not None
     full = made.prepared.full_checkpointing()
     stored_s, stored = made.store_all_time_s, made.store_all_peak_bytes
@@ -115,9 +114,8 @@ def _print(console: Console, session: Session, made: Plan, request: BudgetReques
     console.pairs(
         "Plan",
         [
-            *_budget_rows(console, made, request),
-            ("smallest that works", console.size(made.minimum_bytes)),
-            *([("resident besides", console.size(made.resident_bytes))] if request.budget is None else []),
+            *budget_rows(console.size, made),
+            *([] if made.origin.whole else [("resident besides", console.size(made.resident_bytes))]),
             ("gap to lower bound", "unknown" if made.gap is None else format_percent(made.gap)),
             ("recomputed ops", f"{made.recomputed} of {len(made.graph.ops)}"),
             ("solver", made.schedule.solver),
@@ -129,14 +127,19 @@ def _print(console: Console, session: Session, made: Plan, request: BudgetReques
     console.table("What is kept for the backward", explained.headers, explained.rows(console.size))
 
 
-def _budget_rows(console: Console, made: Plan, request: BudgetRequest) -> list[tuple[str, str]]:
-    """What was asked for, in the scope in which it was, and what of it is left for activations."""
-    left = ("activation budget", console.size(made.budget_bytes))
-    if request.budget is None:
-        return [left]
-    whole = console.size(made.budget_bytes + made.resident_bytes + request.reserve_bytes)
-    rows = [("budget", whole if request.budget.size_bytes else f"{request.budget}: {whole}")]
-    rows.append(("  resident in it", console.size(made.resident_bytes)))
-    if request.reserve_bytes:
-        rows.append(("  reserved in it", console.size(request.reserve_bytes)))
-    return [*rows, left]
+def budget_rows(size: Callable[[int], str], made: Plan) -> list[tuple[str, str]]:
+    """What was asked for and the least that works, in the scope of the asking, and what of it is for activations."""
+    allowed, least = made.budget_bytes, made.minimum_bytes
+    if not made.origin.whole:
+        return [("activation budget", size(allowed)), ("smallest that works", size(least))]
+    whole, asked = size(allowed + made.besides_bytes), made.origin.asked
+    rows = [("budget", f"{asked}: {whole}" if asked == "auto" or asked.endswith("%") else whole)]
+    rows.append(("  resident in it", size(made.resident_bytes)))
+    if made.origin.reserve_bytes:
+        rows.append(("  reserved in it", size(made.origin.reserve_bytes)))
+    rows.append(("  left for activations", size(allowed)))
+    return [
+        *rows,
+        ("smallest budget that works", size(least + made.besides_bytes)),
+        ("  of it for activations", size(least)),
+    ]

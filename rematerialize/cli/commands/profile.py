@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rematerialize.cli.app import command
-from rematerialize.cli.console import Console, on_terminal
+from rematerialize.cli.console import Console, on_terminal, terminal_width
 from rematerialize.cli.options import (
     CostCacheOption,
     DepthOption,
@@ -71,9 +71,10 @@ def _print(console: Console, target: str, found: Profile, top: int, depth: int) 
 
     console.pairs(f"Training step of {target}, everything stored", found.overview(console.size))
     values = [run.live_bytes for run in found.timeline.executions]
-    at = found.timeline.boundary * _WIDTH // max(len(values), 1)
-    print(f"\nMemory over the step\n  {sparkline(values, _WIDTH, unicode=on_terminal() or _unicode())}")
-    print(f"  {'forward':<{max(at, 8)}}backward\n")
+    width = min(_WIDTH, max(terminal_width() - 2, 16)) if on_terminal() else _WIDTH
+    at = found.timeline.boundary * min(width, len(values)) // max(len(values), 1)
+    print(f"\nMemory over the step\n  {sparkline(values, width, unicode=on_terminal() or _unicode())}")
+    print(f"  {'forward':<{min(max(at, 8), width - 8)}}backward\n")
     console.table("Largest tensors at the peak", TENSOR_HEADERS, found.tensor_rows(top, console.size), ">><<<")
     print()
     console.table("Modules", MODULE_HEADERS, found.module_table(depth, console.size))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rematerialize.cli.app import command
+from rematerialize.cli.completion import one_of
+from rematerialize.cli.completion import solvers as known_solvers
 from rematerialize.cli.console import Console
 from rematerialize.cli.errors import UsageError
 from rematerialize.cli.options import ForceOption, OutputOption, existing_file
@@ -34,7 +36,10 @@ def solve(
     ] = None,
     output: OutputOption = None,
     force: ForceOption = False,
-    solver: Annotated[str, typer.Option(metavar="NAME", help="A registered solver, or auto.")] = "auto",
+    solver: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="A registered solver, or auto.", autocompletion=one_of(known_solvers)),
+    ] = "auto",
     time_limit: Annotated[
         float | None,
         typer.Option(
@@ -80,7 +85,7 @@ def solve(
     if output is None:
         print(found.to_json())
         return
-    output.write_text(found.to_json() + "\n", encoding="utf-8")
+    console.write(output, found.to_json())
     _print_summary(console, graph, found, store_all, solve_s)
 
 

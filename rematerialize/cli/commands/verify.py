@@ -17,8 +17,11 @@ from rematerialize.cli.options import (
     CostCacheOption,
     DeviceOption,
     DtypeOption,
+    OptimizerOption,
+    ReserveOption,
     SpecOption,
     TargetArgument,
+    check_besides,
     check_budgets,
     existing_file,
 )
@@ -39,6 +42,8 @@ def verify(
     inputs: SpecOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    optimizer: OptimizerOption = None,
+    reserve: ReserveOption = None,
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps to compare, each at its seed.")] = 1,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the first step.")] = 0,
     up_to_rounding: Annotated[
@@ -53,8 +58,11 @@ def verify(
     """
     if plan_file is not None and (budget is not None or activation_budget is not None):
         raise UsageError("expected a --plan or a budget, got both: the plan has its own")
+    if plan_file is not None and (optimizer is not None or reserve is not None):
+        raise UsageError("expected a --plan, or --optimizer and --reserve with a --budget, got both: leave them out")
     if plan_file is None:
         check_budgets(budget, activation_budget, otherwise=", or a plan file by --plan")
+        check_besides(activation_budget, reserve, optimizer)
     check_target(target, inputs, dtype)
     plan = None if plan_file is None else Plan.load(existing_file(plan_file, "a plan for --plan"))
     session = open_session(console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache, steps="verify")
@@ -63,7 +71,7 @@ def verify(
         from rematerialize import verify as judge
         from rematerialize.budget import read_budget
 
-        asked = plan or read_budget(budget, activation_budget)
+        asked = plan or read_budget(budget, activation_budget, reserve or 0, optimizer, session.target.model)
         result = judge.verify(
             session.target,
             asked,
@@ -76,6 +84,7 @@ def verify(
     if console.as_json:
         content = {"passed": result.passed, "steps": steps, "seed": seed, "max_relative": result.max_relative}
         content |= {"budget_bytes": result.plan.budget_bytes, "predicted_peak_bytes": result.plan.peak_bytes}
+        content |= {"besides_bytes": result.plan.besides_bytes}
         content |= {"eager_peak_bytes": result.eager_peak_bytes, "planned_peak_bytes": result.planned_peak_bytes}
         findings = [{**asdict(one), "passed": one.passed} for one in result.findings]
         console.data("verification", {**content, "findings": findings})

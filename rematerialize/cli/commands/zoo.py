@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rematerialize.cli.app import command
+from rematerialize.cli.completion import one_of
 from rematerialize.cli.console import Console, on_terminal, terminal_width
 from rematerialize.errors import TargetError, did_you_mean
 from rematerialize.zoo import ENTRIES
@@ -19,7 +20,10 @@ _WIDE = 130  # columns of a terminal that has room for groups and parameters bes
 @command
 def zoo(
     console: Console,
-    scale: Annotated[str, typer.Option("--scale", metavar="NAME", help="Sizes of test or bench.")] = "test",
+    scale: Annotated[
+        str,
+        typer.Option("--scale", metavar="NAME", help="Sizes of test or bench.", autocompletion=one_of(lambda: SCALES)),
+    ] = "test",
 ) -> None:
     """List the built-in models: zoo:NAME is a target, zoo:NAME@bench the larger scale of it."""
     if scale not in SCALES:
@@ -38,10 +42,10 @@ def zoo(
         about += ", fake only" if brief and spec.fake_only else ""
         rows.append([f"zoo:{name}", *more, about, size.inputs])
     if brief:
-        console.table("", ["target", "what it is", "default inputs"], rows, "<<<", whole=(0, 2))
+        console.table("", ["target", "what it is", "default inputs"], rows, "<<<")
         return
     headers = ["target", "group", "parameters", "what it is", "default inputs"]
-    console.table("", headers, rows, "<<><<", whole=(0, 2, 4))
+    console.table("", headers, rows, "<<><<")
 
 
 def _entry(name: str, size: Figures) -> dict[str, Any]:

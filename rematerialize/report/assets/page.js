@@ -78,7 +78,7 @@
     const time = ops.time[op];
     const rows = [
       ["Module", text(ops.module, op) || "(model)"],
-      ["Source", text(ops.source, op) || "unknown"],
+      ["Source", text(ops.source, op) || "(no line of yours)"],
       ["Runs", text(ops.target, op) || "unknown"],
       ["Memory", `${size(plan.live[position])}, ${percent(plan.live[position], data.budget || 1)} of the budget`],
       ["Workspace", size(ops.workspace[op])],
@@ -140,7 +140,7 @@
     const phase = position < plan.boundary ? "forward" : "backward";
     at("spoken").textContent =
       `${ops.name[op]}, ${phase}, ${laneNames[text(plan.lane, position)]}; module ${text(ops.module, op) || "the model"}, ` +
-      `${text(ops.source, op) || "source unknown"}; ${size(plan.live[position])} live` +
+      `${text(ops.source, op) || "no line of yours"}; ${size(plan.live[position])} live` +
       (names.length ? `; largest: ${names.join("; ")}` : "");
   };
 
