@@ -9,7 +9,7 @@ a running backward to its end.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,22 +144,21 @@ class TrainingStep:
         self.captured.leave()
         return self.captured.pack_outputs(results)
 
-    def _with_aliases(self, primals: Sequence[Tensor], values: dict[int, Tensor]) -> list[Tensor]:
+    def _with_aliases(self, primals: Sequence[Tensor], values: Mapping[int, Tensor]) -> list[Tensor]:
         """The user's outputs: values, and what shares memory with them or with inputs, viewed again from these."""
-        joint = self.captured.joint
+        return [self._output(index, primals, values) for index in range(len(self.captured.joint.aliases))]
 
-        def made(index: int) -> Tensor:
-            if index in values:
-                return values[index]
-            alias = joint.aliases[index]
-            if alias.kind == "input":
-                return primals[alias.index]
-            base = primals[alias.index] if alias.kind == "input_view" else made(alias.index)
-            node = joint.outputs[index]
-            assert node is not None
-            return private.view_again(base, node.meta["val"], alias)
-
-        return [made(index) for index in range(len(joint.aliases))]
+    def _output(self, index: int, primals: Sequence[Tensor], values: Mapping[int, Tensor]) -> Tensor:
+        if index in values:
+            return values[index]
+        alias = self.captured.joint.aliases[index]
+        if alias.kind == "input":
+            return primals[alias.index]
+        # The base may be an output that is a view itself.
+        base = primals[alias.index] if alias.kind == "input_view" else self._output(alias.index, primals, values)
+        node = self.captured.joint.outputs[index]
+        assert node is not None
+        return private.view_again(base, node.meta["val"], alias)
 
 
 def _features(joint: private.JointTrace) -> Iterator[int]:
