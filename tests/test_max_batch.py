@@ -97,6 +97,7 @@ def test_a_device_that_is_not_here_is_searched_without_running_anything() -> Non
     assert "computed" in str(found)
 
 
+@pytest.mark.slow
 def test_what_fits_without_a_plan_is_eagers_own_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
 

@@ -111,7 +111,7 @@ def effort_for(ops: int) -> Effort:
             lanes=6,
             patient=min(4_000 * share, 60_000),
             rounds=40,
-            idle=4,
+            idle=3 + (ops > 150),
             spliced=12,
             halfway=240 * share,
             halvings=7,
