@@ -206,7 +206,7 @@ def _later_writers(node: fx.Node) -> list[fx.Node]:
             if _views(user) and user not in seen:
                 seen.add(user)
                 waiting.append(user)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _views(node: fx.Node) -> bool:
