@@ -23,6 +23,50 @@ def looks_at_values(function: Any, error: Exception) -> bool:
     return type(error).__name__ in _DATA_DEPENDENT or function in _LOOKS
 
 
+# What torch says when a trace fails, and what it means here; the first that fits.
+_TOLD = (
+    (
+        "as_strided() is non-compositional",
+        "the forward changes a view in place that as_strided made of another view{place}, which a trace can't "
+        "follow: change a clone() of it, or take the view with narrow, select, view or transpose",
+    ),
+    (
+        "Attempting to use FunctionalTensor on its own",
+        "the forward runs operations in another thread{place}, which a trace doesn't see: run them in the thread "
+        "that calls the model",
+    ),
+    (
+        "Cannot backprop through mirrored meta",
+        "the forward calls backward(){place}: take gradients by torch.autograd.grad(outputs, inputs, "
+        "create_graph=True), which returns them instead of writing to .grad",
+    ),
+    (
+        "support the deepcopy protocol",
+        "the forward copies a module or a parameter (copy.deepcopy){place}, which isn't a leaf in a trace: make "
+        "the copy once, outside of the forward, or call torch.func.functional_call with other values",
+    ),
+    (
+        "you can only change requires_grad flags of leaf",
+        "the forward freezes a part of itself{place} (requires_grad_(False)): do it before the forward (the step "
+        "is planned again), or detach() what the part returns",
+    ),
+    (
+        "Cannot assign non-leaf Tensor to parameter",
+        "the forward assigns a parameter{place}: tie weights once, outside of the forward, or call "
+        "torch.func.functional_call with other values",
+    ),
+    (
+        "self.shape_env must not be None",
+        "the forward makes a nested (jagged) tensor{place}: pad its rows and mask them",
+    ),
+    (
+        "mutating a non-functional tensor",
+        "a tensor is changed in place by what runs apart from the step{place} (a hook, a function of an inner "
+        "derivative), which a recorded step can't repeat: change it in the forward itself, or between steps",
+    ),
+)
+
+
 def explain(error: Exception, *, in_backward: bool) -> CaptureError:
     """One sentence for whatever the trace raised: what, where in the user's code, what to do."""
     where = _user_frame(error)
@@ -46,49 +90,15 @@ def explain(error: Exception, *, in_backward: bool) -> CaptureError:
             f"{place}: keep it with register_buffer, or pass it as an argument, itself or in a list, tuple, dict or "
             "dataclass that torch.utils._pytree knows (other objects aren't looked into)"
         )
-    if "as_strided() is non-compositional" in text:
-        return CaptureError(
-            f"the forward changes a view in place that as_strided made of another view{place}, which a trace can't "
-            "follow: change a clone() of it, or take the view with narrow, select, view or transpose"
-        )
     if type(error).__module__.startswith("torch._dynamo"):
         return CaptureError(
             f"the forward runs what torch.compile compiles{place} (a compiled part, torch.cond, while_loop, scan), "
             "which can't be within a trace: take the part that was compiled (part._orig_mod), torch.where for a branch "
             "and a Python loop for a loop"
         )
-    if "Attempting to use FunctionalTensor on its own" in text:
-        return CaptureError(
-            f"the forward runs operations in another thread{place}, which a trace doesn't see: run them in the thread "
-            "that calls the model"
-        )
-    if "Cannot backprop through mirrored meta" in text:
-        return CaptureError(
-            f"the forward calls backward(){place}: take gradients by torch.autograd.grad(outputs, inputs, "
-            "create_graph=True), which returns them instead of writing to .grad"
-        )
-    if "support the deepcopy protocol" in text:
-        return CaptureError(
-            f"the forward copies a module or a parameter (copy.deepcopy){place}, which isn't a leaf in a trace: make "
-            "the copy once, outside of the forward, or call torch.func.functional_call with other values"
-        )
-    if "you can only change requires_grad flags of leaf" in text:
-        return CaptureError(
-            f"the forward freezes a part of itself{place} (requires_grad_(False)): do it before the forward (the step "
-            "is planned again), or detach() what the part returns"
-        )
-    if "Cannot assign non-leaf Tensor to parameter" in text:
-        return CaptureError(
-            f"the forward assigns a parameter{place}: tie weights once, outside of the forward, or call "
-            "torch.func.functional_call with other values"
-        )
-    if "self.shape_env must not be None" in text:
-        return CaptureError(f"the forward makes a nested (jagged) tensor{place}: pad its rows and mask them")
-    if "mutating a non-functional tensor" in text:
-        return CaptureError(
-            f"a tensor is changed in place by what runs apart from the step{place} (a hook, a function of an inner "
-            "derivative), which a recorded step can't repeat: change it in the forward itself, or between steps"
-        )
+    for needle, told in _TOLD:
+        if needle in text:
+            return CaptureError(told.format(place=place))
     stage = "backward" if in_backward else "forward"
     return CaptureError(f"the model's {stage} raised {name}{place} during capture: {text[:300]}")
 
