@@ -18,8 +18,8 @@ from torch import Tensor, fx
 
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import phase_of, tensors_of
-from rematerialize.capture.kernel_layouts import laid_alike
 from rematerialize.capture.step import CapturedStep
+from rematerialize.capture.strides import laid_alike
 from rematerialize.emit import EmittedStep
 from rematerialize.errors import RematerializeError
 from rematerialize.tangents import for_tangents

@@ -304,7 +304,9 @@ def _recorded_sources() -> Iterator[None]:
         if not torch.is_grad_enabled():
             node.meta["no_grad"] = True
         # Not transpose_ and its like, which change no values: what they return is a view, laid out as it says.
-        if returns_new_tensors(node.target) and _functionalized_op() == f"{node.target._schema.name}_":
+        if returns_new_tensors(node.target) and _functionalized_op() == (
+            f"{node.target._schema.name.removesuffix('_functional')}_"
+        ):
             node.meta["in_place"] = True
         return node
 

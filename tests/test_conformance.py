@@ -78,7 +78,7 @@ def test_the_trace_knows_how_a_kernel_lays_out_its_result(name: str) -> None:
 
 
 def test_a_misreported_layout_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_layouts, "_RULES", {})
+    monkeypatch.setattr(kernel_layouts, "RULES", {})
     monkeypatch.setattr(layouts, "_done", {})
     verdict = layouts.judge_layouts(next(cases("layouts", "nn.Hardtanh")))
     assert verdict.status == "failed"

@@ -1,7 +1,9 @@
-"""What fake kernels say of types is what the real ones return, where weights have a higher precision than values."""
+"""What fake kernels say of types and layouts is what the real ones return."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -48,3 +50,60 @@ def test_statistics_of_norms_have_the_types_that_kernels_give_them(
         with faking(mode):
             fake = op(*given)
         assert types_of(fake) == types_of(real), op
+
+
+SHAPE = (3, 4, 6, 6)
+
+
+def layouts_of(value: Tensor) -> Iterator[Tensor]:
+    """The same values: contiguous, channels last, reversed, and with gaps."""
+    yield value
+    for order in ([0, 2, 3, 1], [3, 2, 1, 0]):
+        yield value.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
+    yield value.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+OPS: dict[str, Callable[..., Tensor]] = {
+    **{f"roll {shifts} {dims}": lambda x, y, s=shifts, d=dims: torch.roll(x, s, d)  # type: ignore[misc]
+       for shifts, dims in ((1, 2), ((1, 2), (2, 3)), (1, None), (0, 2), (6, 3), ((1, 4), (0, 1)))},
+    "fftshift": lambda x, y: torch.fft.fftshift(x),
+    "poisson": lambda x, y: torch.poisson(x),
+    "gamma": lambda x, y: torch._standard_gamma(x),
+    "normal": lambda x, y: torch.normal(0.0, x),
+    "isin": lambda x, y: torch.isin(x, y),
+    "angle": lambda x, y: torch.angle(torch.complex(x, y)),
+    "a comparison with a row": lambda x, y: x > y[:, :1],
+    "fmin": torch.fmin,
+    "heaviside": torch.heaviside,
+    "ldexp": torch.ldexp,
+    "xlog1py": torch.special.xlog1py,
+    "atan2 of another type": lambda x, y: torch.atan2(x, y.double()),
+    "copysign of a row": lambda x, y: torch.copysign(x[:, :1], y[..., :1]),
+    "polar": torch.polar,
+    "where": lambda x, y: torch.where(x > 0.5, y, x),
+    "where, a row": lambda x, y: torch.where(x[:, :1] > 0.5, y, 1.0),
+    "lerp": lambda x, y: torch.lerp(x, y, y),
+    "addcmul": lambda x, y: torch.addcmul(x[:1], y, x),
+    "hardsigmoid_backward": aten.hardsigmoid_backward,
+    "rrelu backward": lambda x, y: aten.rrelu_with_noise_backward(x, x.clone(), y, 0.1, 0.3, True, False),
+    "rrelu backward, no noise": lambda x, y: aten.rrelu_with_noise_backward(x, y, x, 0.1, 0.3, False, False),
+    "masked_fill": lambda x, y: x.masked_fill(y > 0.5, 0.0),
+    "masked_fill by a row": lambda x, y: x.masked_fill(y[:1, :1] > 0.5, 0.0),
+    "an index": lambda x, y: x[(y[0] * 3).long()],
+    "an index behind": lambda x, y: x[..., (y[0] * 3).long()],
+    "two indices": lambda x, y: x[:, (y[0, 0] * 3).long(), :, (y[0, 1] * 3).long()],
+    "two adjacent indices": lambda x, y: x[:, (y[0, 0] * 3).long(), (y[0, :1, :, 1] * 3).long()],
+    "grid_sample": lambda x, y: aten.grid_sampler_2d(x, y[..., :2], 0, 0, False),
+    "glu_backward": lambda x, y: aten.glu_backward(x[:, :2], y, 1),
+    "bicubic": lambda x, y: torch.nn.functional.interpolate(x[:1].expand(SHAPE), scale_factor=2, mode="bicubic"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_results_are_laid_out_as_kernels_lay_them(op: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    for x, y in itertools.product(layouts_of(torch.rand(SHAPE)), layouts_of(torch.rand(SHAPE))):
+        mode = FakeTensorMode()
+        with faking(mode):
+            fake = op(mode.from_tensor(x), mode.from_tensor(y))
+        assert fake.stride() == op(x, y).stride(), (x.stride(), y.stride())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rematerialize import wrap
 from rematerialize.prepare import PreparedStep, bind_inputs, prepare
 from rematerialize.torch_private import storage_key
 from tests.twins import check_steps
@@ -78,3 +81,30 @@ def test_a_batch_norm_of_a_strided_tensor_has_the_layout_of_its_kernel() -> None
     assert ours(x).stride() == (40, 8, 1)
     joint = prepare(ours := NormOfRecurrence(), ours.forward, bind_inputs(ours.forward, (x,))).captured.joint
     assert [node.meta["val"].stride() for node, _ in joint.tangents] == [(40, 8, 1)]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_leaky_rectifier_with_noise_is_laid_out_as_eagers(in_place: bool) -> None:
+    class Turned(Chunks):
+        def forward(self, x: Tensor) -> Tensor:
+            turned = self.layer(x.transpose(0, 1)).transpose(0, 1)
+            return F.rrelu(turned * 1.0, training=True, inplace=in_place)
+
+    x = torch.randn(3, 5, 8)
+    model = Turned()
+    expected = model(x)
+    assert expected.is_contiguous() is not in_place
+    assert wrap(model, budget="80%", example_inputs=(x,))(x).stride() == expected.stride()
+    check_steps(Turned, x)
+
+
+def test_neighbours_by_a_transposed_index_are_reshaped() -> None:
+    class Edges(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(8, 8), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            return self.head(self.layer(x)[edges.t()].reshape(edges.shape[1], -1)).relu()
+
+    check_steps(Edges, torch.randn(9, 8), torch.randint(0, 9, (2, 30)))

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from rematerialize import torch_private as private
-from rematerialize.capture.kernel_layouts import is_dense
 from rematerialize.capture.random import follow
+from rematerialize.capture.strides import is_dense
 
 aten = torch.ops.aten
 
+# What functionalization calls for ops whose own results are contiguous whatever the layout of their arguments.
+_CONTIGUOUS = frozenset({aten.rrelu_with_noise_functional.default})
 # Pieces that functionalization takes for tensors of their own.
 _UNSAFE_SPLITS = frozenset({aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default})
 
@@ -60,8 +62,9 @@ def eager_layouts(joint: private.JointTrace) -> None:
             continue
         if any(source in changed for source in node.all_input_nodes):
             follow(node, changed)
-        if node.meta.get("in_place") and _lost(node):
-            _restore(joint.graph, node)
+        strides = _eager_strides(node)
+        if strides is not None:
+            _restore(joint.graph, node, strides)
             changed.add(node)
         if node in changed and node in tangent_of:
             value, tangent = node.meta["val"], tangent_of[node]
@@ -71,28 +74,34 @@ def eager_layouts(joint: private.JointTrace) -> None:
             changed.add(tangent)
 
 
-def _lost(node: fx.Node) -> bool:
-    source = node.args[0]
-    if not isinstance(source, fx.Node):
-        return False
-    like, value = source.meta["val"], node.meta["val"]
-    if not isinstance(value, Tensor) or (like.shape, like.dtype) != (value.shape, value.dtype):
-        return False
-    if like.stride() == value.stride():
-        return False
-    if is_dense(like.stride(), like.shape):
-        return True
+def _eager_strides(node: fx.Node) -> tuple[int, ...] | None:
+    """The strides that a value has in eager, where the trace gives it others."""
+    source, value = node.args[0] if node.args else None, node.meta.get("val")
+    if not isinstance(source, fx.Node) or not isinstance(value, Tensor):
+        return None
+    if node.target is private.getitem and source.target in _CONTIGUOUS and not source.meta.get("in_place"):
+        return None if node.args[1] or value.is_contiguous() else torch.empty(value.shape, device="meta").stride()
+    if not node.meta.get("in_place"):
+        return None
+    like = source.meta["val"]
+    if (like.shape, like.dtype) != (value.shape, value.dtype) or like.stride() == value.stride():
+        return None
+    return tuple(like.stride()) if is_dense(like.stride(), like.shape) or _goes_on(node, source) else None
+
+
+def _goes_on(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a piece of a tensor that was split is written to again."""
     split = source.args[0] if source.target is private.getitem else None
-    goes_on = any(user.meta.get("in_place") and user.args[0] is node for user in node.users)
-    return isinstance(split, fx.Node) and split.target in _UNSAFE_SPLITS and goes_on
+    again = any(user.meta.get("in_place") and user.args[0] is node for user in node.users)
+    return isinstance(split, fx.Node) and split.target in _UNSAFE_SPLITS and again
 
 
-def _restore(graph: fx.Graph, node: fx.Node) -> None:
+def _restore(graph: fx.Graph, node: fx.Node, strides: tuple[int, ...]) -> None:
     """The op's result goes to a node of its own; ``node`` becomes the copy in the right layout."""
-    like = node.args[0].meta["val"]  # type: ignore[union-attr]
+    value = node.meta["val"]
     with graph.inserting_before(node):
         computed = graph.call_function(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
     computed.meta.update(node.meta)
-    node.target, node.args, node.kwargs = lay_out, (computed, list(like.shape), list(like.stride())), {}
-    with like.fake_mode:
-        node.meta["val"] = lay_out(computed.meta["val"], like.shape, like.stride())
+    node.target, node.args, node.kwargs = lay_out, (computed, list(value.shape), list(strides)), {}
+    with value.fake_mode:
+        node.meta["val"] = lay_out(value, list(value.shape), list(strides))

@@ -1,0 +1,80 @@
+"""Arithmetic of strides: dense layouts in an order of dimensions, and that in which elementwise kernels walk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+Strides = Sequence[int]
+
+
+def in_order(outer_to_inner: Sequence[int], shape: Sequence[int]) -> Strides:
+    """Return dense strides for dimensions in an order, the outermost first."""
+    strides = [1] * len(shape)
+    step = 1
+    for dim in reversed(outer_to_inner):
+        strides[dim] = step
+        step *= max(1, shape[dim])
+    return strides
+
+
+def channels_last(value: Tensor) -> bool:
+    """Return whether strides grow from channels to batch, gaps allowed; what could be either way counts as contiguous."""
+    if value.dim() not in (4, 5) or not value.stride(1) or not value.numel():
+        return False
+    least = 0
+    for dim in (1, *reversed(range(2, value.dim())), 0):
+        if value.stride(dim) < least or (dim == 0 and least == value.stride(1)):
+            return False
+        least = value.stride(dim) * value.shape[dim]
+    return True
+
+
+def walked(operands: Sequence[Strides], shape: Sequence[int]) -> Strides:
+    """Return the strides of what ATen's TensorIterator allocates for operands of some strides, all of the result's shape.
+
+    Dimensions go from inner to outer by the strides of the first operand that tells two of them apart; one that is
+    broadcast along a dimension doesn't.
+    """
+    if len(set(map(tuple, operands))) == 1 and is_dense(operands[0], shape):
+        return operands[0]
+    inner_to_outer = list(reversed(range(len(shape))))
+    for at in range(1, len(shape)):
+        moved = at
+        for before in reversed(range(at)):
+            order = _compare(inner_to_outer[before], inner_to_outer[moved], shape, operands)
+            if order > 0:
+                inner_to_outer[before], inner_to_outer[moved] = inner_to_outer[moved], inner_to_outer[before]
+                moved = before
+            elif order < 0:
+                break
+    return in_order(inner_to_outer[::-1], shape)
+
+
+def _compare(left: int, right: int, shape: Sequence[int], operands: Sequence[Strides]) -> int:
+    """Negative where the left dimension is further in, positive where the right one is, zero where nothing tells."""
+    for strides in operands:
+        if not strides[left] or not strides[right]:
+            continue
+        if strides[left] != strides[right]:
+            return -1 if strides[left] < strides[right] else 1
+        if shape[left] > shape[right]:
+            return 1
+    return 0
+
+
+def laid_alike(strides: Strides, like: Tensor) -> bool:
+    """Return whether strides lay elements out as a tensor's do: of dimensions of one element they don't count."""
+    compared = zip(strides, like.stride(), like.shape, strict=True)
+    return like.numel() == 0 or all(ours == other or size == 1 for ours, other, size in compared)
+
+
+def is_dense(strides: Strides, shape: Sequence[int]) -> bool:
+    """Return whether every byte between the first and the last element belongs to one element."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
