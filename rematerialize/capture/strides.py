@@ -20,7 +20,7 @@ def in_order(outer_to_inner: Sequence[int], shape: Sequence[int]) -> Strides:
 
 
 def channels_last(value: Tensor) -> bool:
-    """Return whether strides grow from channels to batch, gaps allowed; what could be either way counts as contiguous."""
+    """Return whether strides grow from channels to batch, gaps allowed; no where it could be either way."""
     if value.dim() not in (4, 5) or not value.stride(1) or not value.numel():
         return False
     least = 0
@@ -32,7 +32,7 @@ def channels_last(value: Tensor) -> bool:
 
 
 def walked(operands: Sequence[Strides], shape: Sequence[int]) -> Strides:
-    """Return the strides of what ATen's TensorIterator allocates for operands of some strides, all of the result's shape.
+    """Return strides of what ATen's TensorIterator allocates for operands of some strides, all of the result's shape.
 
     Dimensions go from inner to outer by the strides of the first operand that tells two of them apart; one that is
     broadcast along a dimension doesn't.
