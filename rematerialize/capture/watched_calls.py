@@ -1,0 +1,74 @@
+"""Every function of torch that the forward calls, as a trace sees it: split, drawn from generators, or refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from rematerialize.capture.decompose import split_recurrence
+from rematerialize.capture.explain import looks_at_values
+from rematerialize.capture.kernel_layouts import DRAWS
+from rematerialize.capture.refusals import refuse_before, refuse_other_layouts
+from rematerialize.errors import CaptureError
+
+
+class watched_calls(TorchFunctionMode):
+    """While active, functions of torch are called as a trace can follow them, and those that it can't are refused.
+
+    ``recurrences`` says whether any could run over chunks of time, as they do with ``split``; ``looked`` is what the
+    first look at a value raised, which the forward may have caught. ``drew`` is told of every generator that a
+    function was given.
+    """
+
+    def __init__(self, split: bool) -> None:
+        super().__init__()
+        self.split = split
+        self.recurrences = False
+        self.looked: Exception | None = None
+        self.drew: Callable[[torch.Generator], None] | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        refuse_before(func, sys._getframe(1).f_code)
+        in_chunks = None if kwargs else split_recurrence(func, args)
+        if in_chunks is not None:
+            self.recurrences = True
+            if self.split:
+                return in_chunks(*args)
+        if func is Tensor.random_:
+            args, kwargs = _from_zero(args, kwargs or {})
+        generator = kwargs.get("generator") if kwargs else None
+        draw = DRAWS.get(func) if generator is not None else None
+        try:
+            result = (draw or func)(*args, **(kwargs or {}))
+        except Exception as error:
+            if self.looked is None and looks_at_values(func, error):
+                self.looked = error
+            raise
+        if isinstance(generator, torch.Generator) and self.drew is not None:
+            self.drew(generator)
+        refuse_other_layouts(result)
+        # Torch's own trace of the draw in place takes no generator.
+        return result if draw is None else args[0].copy_(result)
+
+
+def _from_zero(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """``random_(0, n)`` as ``random_(n)``, which draws alike: torch can't write the code of a trace with the former,
+    whose overload has the name of a keyword of Python.
+    """
+    rest = dict(kwargs)
+    bounds = [*args[1:], *(rest.pop(name) for name in ("from", "to") if name in rest)]
+    if len(bounds) < 2:
+        return args, kwargs
+    if bounds[0] != 0 or bounds[1] is None:
+        raise CaptureError(
+            "the forward calls random_ with a lower bound other than 0, which torch can't trace: draw random_(n) and "
+            "add the bound"
+        )
+    return (args[0], bounds[1]), rest
