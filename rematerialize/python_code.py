@@ -54,7 +54,8 @@ class Readable:
     ``filled`` those that it only appends or adds to, ``logs`` the global and closed-over containers among these,
     ``data`` the global variables, class attributes and closures that hold data, ``code`` those that hold functions and
     classes, which were the ones with ``code_ids``. ``searched`` are the names of what it reads by computed names,
-    ``searching`` the classes of modules that read themselves so.
+    ``searching`` the classes of modules that read themselves so. ``asking`` are the globals of functions that may call
+    ``type``.
     """
 
     names: frozenset[str]
@@ -67,6 +68,7 @@ class Readable:
     code_ids: tuple[Hashable, ...]
     searched: frozenset[str]
     searching: tuple[type, ...]
+    asking: tuple[dict[str, Any], ...]
 
 
 @functools.lru_cache(maxsize=128)
@@ -133,6 +135,7 @@ class _Search:
     of_modules: dict[types.FunctionType, type] = field(default_factory=dict)
     filled: set[str] = field(default_factory=set)
     logs: dict[tuple[int, str], Place] = field(default_factory=dict)
+    asking: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def result(self) -> Readable:
         for owner in self.classes:
@@ -157,7 +160,8 @@ class _Search:
         filled = frozenset(self.filled - self.names)
         logs = tuple(self.logs.values())
         ids = identities(found)
-        return Readable(names, attributes, filled, data, logs, code, paths, ids, searched, tuple(self.searching))
+        searching, asking = tuple(self.searching), tuple(self.asking.values())
+        return Readable(names, attributes, filled, data, logs, code, paths, ids, searched, searching, asking)
 
     def enter(self, cls: type) -> None:
         """Search a class: what runs without being named, and from now on its methods that are."""
@@ -208,6 +212,8 @@ class _Search:
         self.names |= mentioned
         self.filled |= found.filled
         scope = function.__globals__
+        if "type" in mentioned and "type" not in scope:
+            self.asking[id(scope)] = scope
         for name in sorted((mentioned | found.filled) & scope.keys()):
             value = scope[name]
             if name in found.filled and type(value) in LOGS:

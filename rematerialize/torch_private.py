@@ -41,7 +41,7 @@ from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._library import simple_registry
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd.function import FunctionCtx
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, get_proxy_slot
@@ -913,6 +913,10 @@ def linearized(found: Callable[[], None]) -> Iterator[None]:
 
 SET_DATA = vars(torch._C.TensorBase)["data"].__set__
 GET_PLACE = tuple(vars(torch._C.TensorBase)[name].__get__ for name in ("is_leaf", "grad_fn"))
+FORMATTING = (Tensor.__repr__, Tensor.__format__)
+HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+# Kinds of tensors that a forward meets in a trace only.
+TRACED_KINDS = frozenset({FakeTensor, FunctionalTensor})
 GET_GRAD = vars(torch._C.TensorBase)["grad"].__get__
 
 

@@ -47,11 +47,22 @@ def in_double(model: Asks, x: Tensor) -> Tensor:
         torch.set_default_dtype(before)
 
 
+def kinds(model: Asks, x: Tensor) -> int:
+    """What a forward may ask of types, as bits."""
+    values = (model.linear(x), model.linear.weight, x, x.detach() > 0, 3, model)
+    expected = (Tensor, nn.Parameter, Tensor, Tensor, int, Asks)
+    answers = [type(value) is kind for value, kind in zip(values, expected, strict=True)]
+    answers += [isinstance(Asks, type), not isinstance(3, type), issubclass(type, object), type(int) == type]  # noqa: E721
+    answers += [type("Made", (), {}).__name__ == "Made"]
+    return sum(answer << bit for bit, answer in enumerate(answers))
+
+
 ANSWERED: dict[str, Callable[[Any, Tensor], Any]] = {
     "is it a parameter": lambda m, x: 1 + sum(isinstance(p, nn.Parameter) for p in (m.linear.weight, x)),
     "is anomaly detection on": lambda m, x: 3 if torch.is_anomaly_enabled() else 2,
     "numbers of another default type": in_double,
     "attributes of a parameter": lambda m, x: getattr(m.linear.weight, "mark", 1),
+    "types": kinds,
     "a generator drawn from twice": lambda m, x: (
         torch.rand(6, generator=m.generator) + torch.rand(6, generator=m.generator)
     ),
@@ -98,6 +109,9 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "a thread": (lambda m, x: in_a_thread(lambda: m.linear(x)), "in another thread"),
     "a compiled part": (lambda m, x: torch.compile(m.linear, backend="eager")(x), "torch.compile compiles"),
     "a backward": (lambda m, x: (m.linear(x).sum() * x.requires_grad_().sum()).backward(), "calls backward"),
+    "a printed tensor": (lambda m, x: print(m.linear(x)), "the forward formats a tensor"),
+    "a formatted number": (lambda m, x: float(f"{m.linear(x).sum():.1f}"), "the forward formats a tensor"),
+    "a hook on a parameter": (lambda m, x: hooked(m.linear.weight), "registers a hook on a parameter"),
     "a copy of a part": (lambda m, x: copied(m.linear)(x), "copies a module or a parameter"),
 }
 
@@ -107,6 +121,11 @@ def in_a_thread(function: Callable[[], Tensor]) -> Tensor:
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
+
+
+def hooked(weight: Tensor) -> float:
+    weight.register_hook(lambda gradient: gradient * 0.5)
+    return 1.0
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -382,3 +401,8 @@ def test_two_products_of_one_value_have_their_own_gradients(dims: tuple[int | No
             return [h.prod() if dim is None else h.prod(dim) for dim in dims]
 
     check_steps(Products, torch.ones(2, 3))
+
+
+def test_no_module_keeps_a_type_of_its_own() -> None:
+    remat.plan(Asks(kinds), (batch(),), budget="100%")
+    assert "type" not in globals()

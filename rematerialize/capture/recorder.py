@@ -60,6 +60,7 @@ class Recorder:
         self.start = start
         known = look_around(list(model.modules()), forward)[2]
         self.read = known.attributes
+        self.asking = known.asking
         self.generators = own_generators(model, inputs.leaves)
         self.caches = FunctionCaches()
         self.holders = [*holders_of(model), *logs_of(_logs(known))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -143,8 +144,10 @@ def _content(value: Any) -> list[Any]:
     return [part for item in value.items() for part in item] if isinstance(value, dict) else list(value)
 
 
-def refuse_before(function: Any, caller: types.CodeType) -> None:
+def refuse_before(function: Any, args: Sequence[Any], caller: types.CodeType) -> None:
     """Refuse what a trace would miss or not survive, before the forward does it; ``caller`` is the calling code."""
+    if function in private.HOOKS:
+        _refuse_hook(args[0])
     name = getattr(function, "__name__", "")
     if name == "__set__" and function == private.SET_DATA:
         raise CaptureError(
@@ -163,6 +166,11 @@ def refuse_before(function: Any, caller: types.CodeType) -> None:
             f"the forward asks where a tensor comes from{_here()} (is_leaf, grad_fn), which a trace answers otherwise "
             "than eager: decide by what the caller knows, or by requires_grad"
         )
+    if name in ("__repr__", "__format__") and function in private.FORMATTING and _asked_by_user():
+        raise CaptureError(
+            f"the forward formats a tensor{_here()} (print, str, an f-string), whose values a trace doesn't have, and "
+            "which a planned step doesn't repeat: format its shape, or return it and look at it outside"
+        )
     if function is F.multi_head_attention_forward and private.only_a_trace_is_slow():
         raise CaptureError(
             f"an attention that is only evaluated{_here()} takes torch's fast path, whose values a trace doesn't have "
@@ -171,6 +179,28 @@ def refuse_before(function: Any, caller: types.CodeType) -> None:
         )
     if name in _TO_SPARSE:
         raise CaptureError(f"the forward makes a sparse tensor{_here()} ({name}): {_SPARSE_WAY}")
+
+
+def _refuse_hook(tensor: Any) -> None:
+    """A hook on a parameter stays there in eager, one more at every call."""
+    if isinstance(tensor, nn.Parameter):
+        raise CaptureError(
+            f"the forward registers a hook on a parameter{_here()}, one more at every call: register it once, outside "
+            "of the forward"
+        )
+
+
+def _asked_by_user() -> bool:
+    """Whether the user's code calls what torch's own methods of tensors are asked through."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and not private.is_users(frame.f_code.co_filename):
+        if frame.f_code.co_name not in _ASKING:
+            return False
+        frame = frame.f_back
+    return True
+
+
+_ASKING = ("_asked_by_user", "refuse_before", "__torch_function__", "handle_torch_function", "__repr__", "__format__")
 
 
 def refuse_linearize() -> None:

@@ -31,6 +31,7 @@ from rematerialize.capture.purity import (
     kept_whole,
 )
 from rematerialize.capture.python_random import kept_python
+from rematerialize.capture.python_types import eagers_types
 from rematerialize.capture.recorder import GradientAskedError, Recorder
 from rematerialize.capture.refusals import (
     refuse_iterators,
@@ -209,6 +210,7 @@ def _traced(
         with (
             kept_whole(recorder.holders),
             kept_python(model, forward),
+            eagers_types(recorder.asking),
             private.linearized(refuse_linearize),
         ):
             rules = private.FakeRules(kernel_strides, kernel_dtype, kernel_result, KnownValues())

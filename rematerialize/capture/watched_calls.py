@@ -35,7 +35,7 @@ class watched_calls(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        refuse_before(func, sys._getframe(1).f_code)
+        refuse_before(func, args, sys._getframe(1).f_code)
         in_chunks = None if kwargs else split_recurrence(func, args)
         if in_chunks is not None:
             self.recurrences = True
