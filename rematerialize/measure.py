@@ -7,6 +7,7 @@ from the allocator's own events, so that workspace inside a kernel (convolutions
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -148,11 +149,15 @@ class _Memory:
 
 
 def _memory_by_events(fresh: dict[str, Kernel]) -> tuple[dict[str, _Memory], dict[str, float]]:
-    """CPU: run every kernel once under the profiler and cut the event stream at the border blocks."""
+    """CPU: run every kernel once under the profiler and cut the event stream at the border blocks.
+
+    Garbage isn't collected meanwhile: a tensor from elsewhere that dies in the middle of a kernel would count as memory
+    that the kernel gives back.
+    """
     sizes: dict[str, dict[int, int]] = {}
     first_s: dict[str, float] = {}
     began: list[str] = []
-    with private.allocation_events() as read:
+    with _no_collection(), private.allocation_events() as read:
         for signature, kernel in fresh.items():
             with _refusing_data():
                 run = _prepare(kernel)
@@ -178,6 +183,17 @@ def _memory_by_events(fresh: dict[str, Kernel]) -> tuple[dict[str, _Memory], dic
         # Not "less what is left at the end": outputs that the fake kernel believes to be one tensor may be two.
         memory[signature] = _Memory(max(0, peak - _owned(fresh[signature], sizes[signature])), sizes[signature])
     return memory, first_s
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
