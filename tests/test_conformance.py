@@ -19,7 +19,7 @@ from tests.twins import check_steps
 
 pytest.importorskip("expecttest", reason="torch's own cases need it")
 
-from benchmarks.conformance import layouts
+from benchmarks.conformance import generated, layouts
 from benchmarks.conformance.cases import cases, names
 from benchmarks.conformance.judge import judge
 from benchmarks.conformance.layouts import judge_layouts
@@ -83,6 +83,16 @@ def test_a_misreported_layout_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = layouts.judge_layouts(next(cases("layouts", "nn.Hardtanh")))
     assert verdict.status == "failed"
     assert "aten.hardtanh_backward" in verdict.detail
+
+
+@pytest.mark.parametrize("name", ["roll", "poisson", "index", "masked_fill", "grid_sampler_2d", "fmin"])
+def test_layouts_of_ops_on_drawn_arguments_are_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = list(generated.operators([name]))
+    assert ops
+    assert not [told for op in ops if (told := generated.first_misreport(op, 1.0))]
+    if name in ("roll", "poisson", "index"):
+        monkeypatch.setattr(kernel_layouts, "RULES", {})
+        assert any(generated.first_misreport(op, 3.0) for op in ops)
 
 
 # What these cases found.

@@ -45,7 +45,7 @@ def judge_layouts(case: Case) -> Verdict:
         pass  # its forward was seen
     except Exception as error:
         return Verdict(case.name, case.index, case.dtype, "skipped", "eager raises", str(error)[:200])
-    wrong = sorted({told for call in calls.found for twin in (call, _halved(call)) for told in _misreports(twin)})
+    wrong = sorted({told for call in calls.found for twin in (call, _halved(call)) for told in misreports(twin)})
     if wrong:
         return Verdict(case.name, case.index, case.dtype, "failed", "a misreported layout", "; ".join(wrong)[:700])
     return Verdict(case.name, case.index, case.dtype, "pass")
@@ -91,7 +91,8 @@ def _is_single(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.dtype == torch.float32
 
 
-def _misreports(call: Call) -> Iterator[str]:
+def misreports(call: Call) -> Iterator[str]:
+    """Yield where the fake kernel of a call, in other layouts of its tensors, reports one that the real one doesn't."""
     op, args, kwargs = call
     leaves, structure = pytree.tree_flatten((args, kwargs))
     choices = [list(_layouts(leaf)) if _has_layout(leaf) else [leaf] for leaf in leaves]
