@@ -108,20 +108,3 @@ def test_neighbours_by_a_transposed_index_are_reshaped() -> None:
             return self.head(self.layer(x)[edges.t()].reshape(edges.shape[1], -1)).relu()
 
     check_steps(Edges, torch.randn(9, 8), torch.randint(0, 9, (2, 30)))
-
-
-class Forces(nn.Module):
-    """An energy and its gradient: the row of weights of one output gets the sum of two transposed gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 1)
-
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        positions.requires_grad_(True)
-        energy = self.layer(positions.sin())
-        return energy, torch.autograd.grad(energy.sum(), positions, create_graph=True)[0]
-
-
-def test_a_gradient_whose_stride_differs_where_there_is_one_row_is_adopted_as_in_eager() -> None:
-    check_steps(Forces, torch.randn(5, 4))
