@@ -44,6 +44,9 @@ _OUT_FORMS = {
     aten.hardtanh_backward.default: (aten.hardtanh_backward.grad_input, "grad_input"),
     aten.softplus_backward.default: (aten.softplus_backward.grad_input, "grad_input"),
 }
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+# Complex numbers are rounded otherwise in place, where fewer of them than fill a vector are left.
+_COMPLEX_IN_NEW_TENSORS = frozenset({aten.div.Tensor, aten.addcmul.default, aten.addcdiv.default})
 _COMMUTATIVE = frozenset({aten.add.Tensor, aten.mul.Tensor})
 
 
@@ -69,9 +72,14 @@ def in_place_forms(node: fx.Node) -> tuple[InPlaceForm, ...]:
         return (InPlaceForm(op, 0, out=out),)
     if torch.Tag.pointwise not in getattr(target, "tags", ()):
         return ()
-    is_complex = node.meta["val"].is_complex()
-    if target is aten.div.Tensor and is_complex:
-        return ()  # in place it rounds otherwise
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        return ()  # of several results
+    is_complex = value.is_complex()
+    if target in _COMPLEX_IN_NEW_TENSORS and is_complex:
+        return ()
+    if target is aten.mul.Scalar and value.dtype in _LOW_PRECISION:
+        return (InPlaceForm(aten.mul_.Tensor, 0),)  # mul_.Scalar rounds the number first, mul.Scalar and this don't
     packet_name = target._schema.name.split("::")[1] + "_"  # type: ignore[union-attr]
     packet = getattr(aten, packet_name, None)
     overload = target._schema.overload_name or "default"  # type: ignore[union-attr]
