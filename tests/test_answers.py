@@ -346,6 +346,38 @@ def test_complex_products_are_rounded_as_in_eager() -> None:
         check_steps(Spectrum, torch.randn(6, 6, generator=torch.Generator().manual_seed(turn)))
 
 
+def _divided_in_place(x: Tensor, divisor: Tensor) -> Tensor:
+    y = x * 2
+    y.div_(divisor)
+    return y * y
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda x, y: x / y,
+        _divided_in_place,
+        lambda x, y: (y.exp() - 1) / y * x,
+        lambda x, y: x.prod(0) + y.prod(),
+    ],
+    ids=["quotient", "in place", "chained", "product"],
+)
+def test_complex_quotients_are_rounded_as_in_eager(of: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """The last elements of a complex division, which fill no vector, are rounded otherwise in place."""
+
+    class Quotient(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+            self.y = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+
+        def forward(self, scale: Tensor) -> Tensor:
+            return torch.view_as_real(of(self.x, self.y)) * scale
+
+    for turn in range(6):
+        check_steps(Quotient, torch.randn(1, generator=torch.Generator().manual_seed(turn)))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 6, 6), (1, 2, 3, 6), (2, 1, 3, 6)])
 def test_attention_of_a_value_to_itself_is_planned(shape: tuple[int, ...]) -> None:
     class ToItself(nn.Module):

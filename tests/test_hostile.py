@@ -225,6 +225,24 @@ def test_a_time_limit_returns_the_best_so_far_soon_after_it(limit_s: float) -> N
         assert plan.gap == 0
 
 
+@pytest.mark.parametrize("part", range(6))
+def test_a_time_limit_that_passes_in_any_part_of_the_search_returns_a_plan(
+    part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may pass after the portfolio, before levels have plans: then the lowest of them has no number."""
+    graph = graphs.chain(12)
+    looks = [0]
+
+    def late(self: Planner) -> bool:
+        looks[0] += 1
+        return looks[0] > 4**part
+
+    monkeypatch.setattr(Planner, "_late", late)
+    planner = Planner(graph)
+    plan = planner.solve(planner.minimum())
+    assert simulate(graph, plan.forward, plan.backward).peak_bytes <= planner.minimum()
+
+
 def test_the_command_line_keeps_a_time_limit(tmp_path: Path) -> None:
     graph = suite.synthetic()["lstm-10k"]
     (tmp_path / "graph.json").write_text(graph.to_json(), encoding="utf-8")

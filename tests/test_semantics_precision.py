@@ -54,6 +54,35 @@ def settings() -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic)
 
 
+# Low precision.
+
+
+class Scaled(nn.Module):
+    def __init__(self, of: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16, dtype=torch.bfloat16)
+        self.of = of
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of(self.linear(x)) * 0.7
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda h: (h.var(0) + 1e-4).sqrt(),
+        lambda h: h.std(1) * 0.3,
+        lambda h: F.alpha_dropout(h * 1, 0.3),
+        lambda h: torch.add(h, h.sin() * 1, alpha=0.3),
+        lambda h: h.sin().mul_(0.3).cos(),
+    ],
+    ids=["variance", "deviation", "alpha dropout", "alpha", "by hand"],
+)
+def test_a_low_precision_times_a_number_is_rounded_as_in_eager(of: Callable[[Tensor], Tensor]) -> None:
+    """ATen's mul_ by a number rounds the number first, its mul doesn't."""
+    check_steps(lambda: Scaled(of), batch().bfloat16())
+
+
 # Autocast and scaling.
 
 

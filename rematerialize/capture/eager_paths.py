@@ -23,7 +23,7 @@ def take_eager_paths(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        for rewrite in (_spread_evenly, _weights_of_targets, _product):
+        for rewrite in (_spread_evenly, _weights_of_targets, _product, _divided_over):
             found = rewrite(node)
             if found is not None:
                 node.target, node.args = found
@@ -88,8 +88,9 @@ def _product(node: Any) -> _Call | None:
     """Gradient times (products of the factors before, times of those behind): two cumprods in a backward."""
     if not _calls(node, aten.mul.Tensor) or phase_of(node) != "backward":
         return None
-    others = node.args[1]
-    inner = others.args[0] if _calls(others, aten._conj.default) else others
+    others = inner = node.args[1]
+    for conjugated in (aten.clone.default, aten._conj.default):  # of complex factors, by a copy
+        inner = inner.args[0] if _calls(inner, conjugated) else inner
     if not _calls(inner, aten.mul.Tensor) or not _calls(inner.args[0], aten.cumprod.default):
         return None
     if not _calls(inner.args[1], aten.flip.default) or not _calls(inner.args[0].args[0], aten.cat.default):
@@ -107,6 +108,24 @@ def _product(node: Any) -> _Call | None:
         if same_shape and _identity(forward.args[0]) == _identity(x):
             return product_backward, (node.args[0], others, x, forward, None if whole else forward.args[1])
     return None
+
+
+def divided_over(x: Tensor, divisor: Tensor) -> Tensor:
+    """A quotient of complex numbers as ``x.div_(divisor)`` rounds it."""
+    return x.clone().div_(divisor)
+
+
+def _divided_over(node: Any) -> _Call | None:
+    """A complex division that the user wrote in place.
+
+    Its last elements, which don't fill a vector, are rounded by other instructions than those of ``x / divisor``:
+    where the result may overlap an input the compiler's loop is a plain one.
+    """
+    if not _calls(node, aten.div.Tensor) or not node.meta.get("in_place") or not node.meta["val"].is_complex():
+        return None
+    x = node.args[0].meta["val"]
+    # What was written through a view with gaps isn't divided vector by vector.
+    return (divided_over, node.args) if x.stride() == node.meta["val"].stride() else None
 
 
 def _products(graph: fx.Graph) -> list[fx.Node]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rematerialize.capture.eager_paths import divided_over
 from rematerialize.capture.random import bernoulli_as
 from rematerialize.capture.scatter import write_through, write_through_
 
@@ -23,6 +24,7 @@ _ACCUMULATING = {
     aten.scatter.value: aten.scatter_.value,
     aten.index_copy.default: aten.index_copy_.default,
     write_through: write_through_,
+    divided_over: aten.div_.Tensor,
     bernoulli_as: aten.bernoulli_.float,
     aten.uniform.default: aten.uniform_.default,
     aten.normal_functional.default: aten.normal_.default,
@@ -42,6 +44,9 @@ _OUT_FORMS = {
     aten.hardtanh_backward.default: (aten.hardtanh_backward.grad_input, "grad_input"),
     aten.softplus_backward.default: (aten.softplus_backward.grad_input, "grad_input"),
 }
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+# Complex numbers are rounded otherwise in place, where fewer of them than fill a vector are left.
+_COMPLEX_IN_NEW_TENSORS = frozenset({aten.div.Tensor, aten.addcmul.default, aten.addcdiv.default})
 _COMMUTATIVE = frozenset({aten.add.Tensor, aten.mul.Tensor})
 
 
@@ -67,6 +72,14 @@ def in_place_forms(node: fx.Node) -> tuple[InPlaceForm, ...]:
         return (InPlaceForm(op, 0, out=out),)
     if torch.Tag.pointwise not in getattr(target, "tags", ()):
         return ()
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        return ()  # of several results
+    is_complex = value.is_complex()
+    if target in _COMPLEX_IN_NEW_TENSORS and is_complex:
+        return ()
+    if target is aten.mul.Scalar and value.dtype in _LOW_PRECISION:
+        return (InPlaceForm(aten.mul_.Tensor, 0),)  # mul_.Scalar rounds the number first, mul.Scalar and this don't
     packet_name = target._schema.name.split("::")[1] + "_"  # type: ignore[union-attr]
     packet = getattr(aten, packet_name, None)
     overload = target._schema.overload_name or "default"  # type: ignore[union-attr]
@@ -75,7 +88,7 @@ def in_place_forms(node: fx.Node) -> tuple[InPlaceForm, ...]:
     in_place = getattr(packet, overload)
     forms = [InPlaceForm(in_place, 0)]
     # Complex products round by the order of their factors.
-    ordered = target is aten.mul.Tensor and node.meta["val"].is_complex()
+    ordered = target is aten.mul.Tensor and is_complex
     if target in _COMMUTATIVE and not ordered and not node.kwargs and len(node.args) == 2:
         forms.append(InPlaceForm(in_place, 1, swap=True))
     return tuple(forms)

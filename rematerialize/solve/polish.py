@@ -268,7 +268,8 @@ class Polisher:
     def _spliced(self, plans: Sequence[Point], levels: Sequence[int], first: int = 0) -> list[Point]:
         """Splice each level's plan, from some level down, from all there are and what searches at it ended with."""
         plans = list(plans)
-        for at in range(first, len(plans)) if self.effort.spliced else ():
+        # A time limit that passes early leaves no plans, whose last is then at -1.
+        for at in range(max(first, 0), len(plans)) if self.effort.spliced else ():
             tried = sorted(self._tried[levels[at]], key=by_time)[: self.effort.spliced]
             pool = [point.plan for point in [*plans, *tried, *self._front] if point.length <= self.longest]
             found = self._splicer.splice([*dict.fromkeys([plans[at].plan, *pool])], levels[at])
