@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import phase_of, tensors_of
 from rematerialize.capture.step import CapturedStep
-from rematerialize.capture.strides import laid_alike
+from rematerialize.capture.strides import channels_last, laid_alike
 from rematerialize.emit import EmittedStep
 from rematerialize.errors import RematerializeError
 from rematerialize.tangents import for_tangents
@@ -290,12 +290,19 @@ class _Expose(torch.autograd.Function):
             if tangent is not None and tangent.is_conj() != node.meta["val"].is_conj():
                 tangent = _marked(tangent)
             tangents.append(tangent)
-            if tangent is not None and not laid_alike(tangent.stride(), node.meta["val"]):
+            if tangent is not None and not _laid_as_traced(tangent, node.meta["val"]):
                 strides.append((index, tangent.stride()))
         ctx.box.tangents, ctx.box.strides = tangents, tuple(strides)
         if torch.is_grad_enabled():
             ctx.box.anchors = (ctx.token, *(t for t in received if t is not None and t.requires_grad))
         return ctx.token.new_zeros(0), None, None
+
+
+def _laid_as_traced(tangent: Tensor, traced: Tensor) -> bool:
+    """Whether kernels take a tangent as they took the traced one: those that ask for a memory format look at the
+    strides of dimensions that have one element, too.
+    """
+    return laid_alike(tangent.stride(), traced) and channels_last(tangent) == channels_last(traced)
 
 
 def _marked(value: Tensor) -> Tensor:

@@ -108,3 +108,17 @@ def test_neighbours_by_a_transposed_index_are_reshaped() -> None:
             return self.head(self.layer(x)[edges.t()].reshape(edges.shape[1], -1)).relu()
 
     check_steps(Edges, torch.randn(9, 8), torch.randint(0, 9, (2, 30)))
+
+
+def test_a_gradient_of_one_channel_goes_on_in_the_memory_format_in_which_it_arrives() -> None:
+    class Upscaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.features(x)
+            return self.head(features), F.pixel_shuffle(features, 2)
+
+    x = torch.randn(1, 3, 14, 16).to(memory_format=torch.channels_last)
+    check_steps(lambda: Upscaled().to(memory_format=torch.channels_last), x)
