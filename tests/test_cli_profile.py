@@ -198,6 +198,8 @@ def test_a_measured_frontier_has_predicted_and_real_figures_side_by_side_in_ever
     assert len(printed["measured"]) == len(printed["points"])
     for point in printed["points"]:
         assert {type(value) for name, value in point.items() if name.endswith("_bytes")} == {int}
+    call(capfd, *asked, "-o", "f.html")
+    assert Path("f.html").read_text(encoding="utf-8").count('title="measured: ') >= 2
     pytest.importorskip("matplotlib")
     call(capfd, *asked, "-o", "f.svg")
     drawn = Path("f.svg").read_text(encoding="utf-8")

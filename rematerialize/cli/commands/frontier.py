@@ -208,6 +208,7 @@ def _write(console: Console, output: Path, curve: _Curve) -> None:
             stored=plan.stored_timeline(),
             frontier=points,
             chosen=chosen,
+            measured=curve.measured(),
             title=f"Memory and overhead of {curve.target}",
             origin=plan.origin,
             about=f"This page shows {which}. For another: rematerialize plan {curve.target} --activation-budget SIZE "
