@@ -253,6 +253,18 @@ def test_a_notebook_shows_the_table_beside_the_memory() -> None:
     assert "this plan 4.40 KiB" in text
     assert not {"script", "style", "link", "img"} & {tag for tag, _ in parsed.found}
     assert "http" not in shown
+    assert "Training step under an activation budget" in text  # a plan by hand: nobody knows of what
+
+
+def test_a_notebook_names_the_model_and_the_budget_that_was_asked_for() -> None:
+    origin = Origin("Net<x>", "float32", "AMD EPYC", asked="8.00 KiB", whole=True, reserve_bytes=2048)
+    parsed = Elements(replace(a_plan(), origin=origin)._repr_html_())
+    assert parsed.open == []
+    assert parsed.text[:2] == [
+        "Memory plan of Net<x>",
+        "float32; costs measured on AMD EPYC; asked for: a budget of 8.00 KiB, 2.00 KiB of it reserved",
+    ]
+    assert "activation budget 4.50 KiB" in " ".join(parsed.text)  # what of it the drawing and the table are in
 
 
 def test_a_notebook_shows_names_as_text_and_stays_small() -> None:
