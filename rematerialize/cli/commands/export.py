@@ -60,10 +60,8 @@ def export(
     for path in others or ():
         existing_file(path, "a plan file for --with")
     _check(console, wanted, plan_file, output, force=force, others=others)
-    from rematerialize.plans import Plan
-
-    plan = Plan.load(plan_file)
-    compared = [_other(plan, path) for path in others or ()]
+    plan = console.load_plan(plan_file)
+    compared = [_other(console, plan, path) for path in others or ()]
     content = _html(plan, plan_file.name, compared) if wanted == "html" else _WRITERS[wanted](plan)
     if output is None:
         sys.stdout.flush()
@@ -89,10 +87,8 @@ def _check(
     console.check_output(output, force=force)
 
 
-def _other(plan: Plan, path: Path) -> Plan:
-    from rematerialize.plans import Plan
-
-    other = Plan.load(path)
+def _other(console: Console, plan: Plan, path: Path) -> Plan:
+    other = console.load_plan(path)
     if other.graph.content_hash() != plan.graph.content_hash():
         raise UsageError(f"{path} is a plan of another step, or was made with other costs; make both from one step")
     return other
