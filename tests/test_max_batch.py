@@ -13,7 +13,6 @@ import rematerialize as remat
 import rematerialize.batches
 from rematerialize.analytic import on_fake_tensors
 from rematerialize.errors import RematerializeError, ScheduleError, UnitError
-from rematerialize.prepare import PreparedStep
 from rematerialize.targets.inputs import resized
 
 pytestmark = pytest.mark.usefixtures("quick_plans")

@@ -169,6 +169,7 @@ def test_other_plans_make_the_pages_frontier(folder: Path) -> None:
         (("plan.json",), "expected --format, one of html, perfetto, memory_viz, csv"),
         (("plan.json", "--format", "perfetto", "-o", "a.csv"), "ends like --format csv, got --format perfetto"),
         (("plan.json", "--format", "perfetto", "-o", "plan.json", "--force"), "-o plan.json is the plan itself"),
+        (("plan.json", "-o", "page.hmtl"), "got -o page.hmtl; did you mean '.html'?"),
         (("plan.json", "-o", "stored.json"), "stored.json exists already: give --force"),
         (("plan.json", "-o", "no/such/page.html"), "there is no folder no/such"),
         (("missing.json", "-o", "page.html"), "there is no file missing.json"),

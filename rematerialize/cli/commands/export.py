@@ -15,6 +15,7 @@ from rematerialize.cli.completion import one_of
 from rematerialize.cli.console import Console
 from rematerialize.cli.errors import UsageError
 from rematerialize.cli.options import ForceOption, OutputOption, check_plan_file, existing_file
+from rematerialize.errors import did_you_mean
 
 if TYPE_CHECKING:
     from rematerialize.plans import Plan
@@ -100,7 +101,11 @@ def _format(name: str | None, output: Path | None) -> str:
         suffix = output.suffix.lower() if output is not None else ""
         by_suffix = [known for known, suffixes in _SUFFIXES.items() if suffix in suffixes]
         if not by_suffix:
-            raise UsageError(f"expected --format, one of {', '.join(_SUFFIXES)}, or an -o that ends like one of them")
+            near = did_you_mean(suffix, [known for suffixes in _SUFFIXES.values() for known in suffixes])
+            got = f", got -o {output}{near}" if output is not None else ""
+            raise UsageError(
+                f"expected --format, one of {', '.join(_SUFFIXES)}, or an -o that ends like one of them{got}"
+            )
         return by_suffix[0]
     if name not in _SUFFIXES:
         close = difflib.get_close_matches(name.lower(), _SUFFIXES, n=1, cutoff=0.5)
