@@ -2,14 +2,17 @@
 
 Found without running anything: each batch that is tried is captured on fake tensors and costed by formula. Memory is
 close to affine in the batch, so the search is a secant search between a batch that fits and one that doesn't. On the
-device itself the answer is then checked with measured workspace, its neighbours included, and by real steps: one under
-the plan, and eager's own around the answer with everything stored, since eager may hold what a captured step reuses.
+way a batch's least memory is what other batches' plans need, replayed for its sizes, since to search for the smallest
+budget takes far longer; only the answer and the next larger batch are searched. On the device itself the answer is then
+checked with measured workspace, its neighbours included, and by real steps: one under the plan, and eager's own around
+the answer with everything stored, since eager may hold what a captured step reuses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +22,21 @@ from rematerialize.api import choose
 from rematerialize.budget import BudgetRequest, device_bytes, free_bytes, read_budget
 from rematerialize.cost_cache import device_name
 from rematerialize.device_table import DEVICES
-from rematerialize.errors import CaptureError, RematerializeError, ran_out_of_memory
+from rematerialize.errors import CaptureError, RematerializeError, ScheduleError, ran_out_of_memory
+from rematerialize.ir import TrainingGraph
 from rematerialize.prepare import PreparedStep, home_of, prepare_example
 from rematerialize.report.batches import EagerStep, MaxBatch, Need
+from rematerialize.simulate import simulate
 from rematerialize.targets.inputs import batch_of, flat_tensors, resized
 from rematerialize.trial import eager_peak, planned_peak
 from rematerialize.units import format_bytes, format_percent, parse_overhead
 
 LARGEST = 2**20
+ROUGHLY = 16  # a guess that is this part of a batch from it is near enough where costs are measured afterwards
 _HERE = "2-core CPU"  # whose formulas stand in where only sizes matter
 
 Inputs = tuple[Any, ...] | dict[str, Any]
+Runs = tuple[tuple[str, ...], tuple[str, ...]]  # the ops of a forward and of a backward
 
 
 def max_batch(
@@ -86,29 +93,30 @@ def max_batch(
     here = device not in DEVICES
     step = _Step(model, example_inputs, batch_dim, request, device, cost_cache)
     start = batch_of(example_inputs, batch_dim)
-    computed = _Needs(step, _HERE if here else device, tell)
+    measured = here and confirm
+    computed = _Needs(step, _HERE if here else device, tell, quick=measured)
     budget_bytes = step.budget_bytes(computed.prepared(start), here)
     tell(f"looking for the largest batch within {format_bytes(budget_bytes)}")
-    without, with_plan = computed.largest_both(start, start, budget_bytes)
+    without, with_plan = computed.largest_both(start, start, budget_bytes, exactly=not measured)
     found, peak = computed, None
-    if here and confirm and with_plan:
+    if measured:
         tell("the same with what ops really take here")
         found = _Needs(step, device, tell)
-        without, with_plan = found.largest_both(max(without, 1), with_plan, budget_bytes)
+        without, with_plan = found.largest_both(max(without, 1), max(with_plan, 1), budget_bytes, exactly=True)
     overhead = None
     if with_plan:
         made = choose(model, found.prepared(with_plan), request)
         overhead = made.overhead
-        if here and confirm:
+        if measured:
             tell(f"running one step at batch {with_plan}")
             peak = planned_peak(model, resized(example_inputs, with_plan, batch_dim), made)
-            peak += step.besides(found.prepared(with_plan))
+            peak += found.besides(with_plan)
     within = None
     if limit is not None:
         tell(f"the same recomputing at most {format_percent(limit)}")
         within = found.largest_within(limit, without, with_plan)
     eager: tuple[EagerStep, ...] = ()
-    if here and confirm and with_plan:
+    if measured and with_plan:
         tell(f"running eager's steps from batch {max(without, 1)}")
         without, eager = _largest_of_eager(step, found, max(without, 1), budget_bytes)
     name = device_name(home_of(model)) if here else f"{device} (computed)"
@@ -126,7 +134,7 @@ def _largest_of_eager(step: _Step, needs: _Needs, start: int, budget_bytes: int)
         tensors = flat_tensors(resized(step.inputs, batch, step.batch_dim))
         return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
 
-    besides = step.besides(needs.prepared(start))
+    besides = needs.besides(start)
     whole = step.request.budget is not None
     ran: dict[int, int | None] = {}
     low, high, stride, guess = 0, LARGEST + 1, 1, start
@@ -183,61 +191,122 @@ class _Step:
 
 
 class _Needs:
-    """What batches need, by computed or by measured costs; each batch is captured once."""
+    """What batches need, by computed or by measured costs; each batch is captured once, and searched if it has to be.
 
-    def __init__(self, step: _Step, device: str | None, tell: Callable[[str], None]) -> None:
-        self.step, self.device, self.tell = step, device, tell
+    A plan of one batch is one of another, too, as long as both have the same ops. Those of least memory are kept, by
+    the way to run the step that they are of. ``quick``: nothing is searched, the first recomputes whole blocks.
+    """
+
+    def __init__(self, step: _Step, device: str | None, tell: Callable[[str], None], *, quick: bool = False) -> None:
+        self.step, self.device, self.tell, self.quick = step, device, tell, quick
         self.known: dict[int, Need] = {}
-        self.last: tuple[int, PreparedStep] | None = None
+        self._lowest: list[tuple[int, Runs]] = []
+        self._besides: dict[int, int] = {}
+        self._graphs: dict[int, tuple[TrainingGraph | None, ...]] = {}
+        self._kept: dict[int, PreparedStep] = {}
 
     def prepared(self, batch: int) -> PreparedStep:
-        """The captured step at a batch; the last one is kept."""
-        if self.last is None or self.last[0] != batch:
+        """The captured step at a batch; the last two are kept: the answer and the next batch, in the end."""
+        if batch not in self._kept:
             inputs = resized(self.step.inputs, batch, self.step.batch_dim)
             try:
                 prepared = prepare_example(self.step.model, inputs, device=self.device, cost_cache=self.step.cost_cache)
-                self.last = batch, prepared
             except CaptureError as error:
                 raise CaptureError(f"at batch {batch}: {error}") from error
-        return self.last[1]
+            self._kept = dict([*self._kept.items()][-1:]) | {batch: prepared}
+            self._besides[batch] = self.step.besides(prepared)
+            self._graphs[batch] = tuple(None if way is None else way.graph for way in prepared.ways())
+        return self._kept[batch]
+
+    def besides(self, batch: int) -> int:
+        """What a batch's step holds besides what it allocates, in the budget's scope."""
+        if batch not in self._besides:
+            self.prepared(batch)
+        return self._besides[batch]
 
     def at(self, batch: int) -> Need:
+        """What a batch needs: its least memory as other plans have it, searched where none of them can be replayed."""
         if batch not in self.known:
             prepared = self.prepared(batch)
-            besides = self.step.besides(prepared)
-            need = Need(batch, prepared.planner.store_all().peak_bytes + besides, prepared.minimum() + besides)
-            stored, least = format_bytes(need.store_all_bytes), format_bytes(need.minimum_bytes)
-            self.tell(f"batch {batch:,}: everything stored {stored}, at least {least}")
-            self.known[batch] = need
+            least = self._replayed(batch)
+            if least is None and self.quick:
+                blocks = prepared.full_checkpointing()
+                self._lowest.append((0, (blocks.forward, blocks.backward)))
+                least = blocks.peak_bytes
+            if least is None:
+                return self.searched(batch)
+            self._note(batch, min(least, prepared.planner.store_all().peak_bytes), searched=False)
         return self.known[batch]
+
+    def searched(self, batch: int) -> Need:
+        """The same with the smallest budget that works."""
+        if batch not in self.known or not self.known[batch].searched:
+            prepared = self.prepared(batch)
+            self._note(batch, prepared.minimum(), searched=True)
+            self._lowest += [(way, one.planner.lowest()) for way, one in enumerate(prepared.ways()) if one is not None]
+            for other, need in self.known.items():
+                least = self._replayed(other)
+                if not need.searched and least is not None:
+                    least_bytes = min(need.minimum_bytes, least + self.besides(other))
+                    self.known[other] = replace(need, minimum_bytes=least_bytes)
+        return self.known[batch]
+
+    def _replayed(self, batch: int) -> int | None:
+        """The least that a plan of another batch needs at this one; None where it has other ops."""
+        peaks = []
+        for way, runs in self._lowest:
+            graph = self._graphs[batch][way]
+            if graph is not None:
+                with suppress(ScheduleError):
+                    peaks.append(simulate(graph, *runs).peak_bytes)
+        return min(peaks, default=None)
+
+    def _note(self, batch: int, least_bytes: int, *, searched: bool) -> None:
+        besides = self.besides(batch)
+        stored_bytes = self.prepared(batch).planner.store_all().peak_bytes + besides
+        need = self.known[batch] = Need(batch, stored_bytes, least_bytes + besides, searched)
+        least = f"{'at least' if searched else 'at most'} {format_bytes(need.minimum_bytes)} with a plan"
+        self.tell(f"batch {batch:,}: everything stored {format_bytes(stored_bytes)}, {least}")
 
     def tried(self) -> tuple[Need, ...]:
         """By rising batch."""
         return tuple(sorted(self.known.values(), key=lambda need: need.batch))
 
-    def largest_both(self, stored_from: int, least_from: int, budget_bytes: int) -> tuple[int, int]:
-        """The largest batch with everything stored, and the largest with a plan."""
-        without = self.largest(stored_from, budget_bytes, lambda need: need.store_all_bytes)
-        return without, self.largest(max(least_from, without), budget_bytes, lambda need: need.minimum_bytes)
+    def largest_both(self, stored_from: int, least_from: int, budget_bytes: int, *, exactly: bool) -> tuple[int, int]:
+        """The largest batch with everything stored, and the largest with a plan; not exactly, a good guess of both."""
+        without = self.largest(stored_from, budget_bytes, lambda need: need.store_all_bytes, exactly=exactly)
+        guess = _crossing({batch: need.minimum_bytes for batch, need in self.known.items()}, budget_bytes) or least_from
+        start = max(min(guess, 2 * least_from) if exactly else least_from, without, 1)
+        while True:
+            found = self.largest(start, budget_bytes, lambda need: need.minimum_bytes, exactly=exactly)
+            unsure = [batch for batch in (found, found + 1) if batch and not self.at(batch).searched]
+            if not exactly or not unsure:
+                return without, found
+            self.searched(unsure[0])
+            start = max(found, 1)
 
-    def largest(self, start: int, budget_bytes: int, bytes_of: Callable[[Need], int]) -> int:
+    def largest(self, start: int, budget_bytes: int, bytes_of: Callable[[Need], int], *, exactly: bool = True) -> int:
         """The largest batch within the budget: it fits, and the next one doesn't.
 
         Each guess is where the line through the two known batches nearest to the budget meets it, held inside the
-        bracket; every third halves the bracket, so that it closes whatever the curve.
+        bracket; every third halves the bracket, so that it closes whatever the curve. Where that need not be exact, a
+        guess beside a batch that is known ends the search.
         """
         low, high = 0, LARGEST + 1
         guess, tries = start, 0
         while high - low > 1:
-            if bytes_of(self.at(guess)) <= budget_bytes:
+            size = bytes_of(self.at(guess))
+            if size <= budget_bytes:
                 low = guess
             else:
                 high = guess
             tries += 1
             known = {batch: bytes_of(need) for batch, need in self.known.items()}
-            guess = _crossing(known, budget_bytes) or (2 * low if high > LARGEST else (low + high) // 2)
-            if high <= LARGEST and tries % 3 == 0:
-                guess = (low + high) // 2
+            # From one batch alone: as if all of its memory grew with it, which never goes too far up.
+            crossing = _crossing(known, budget_bytes) or guess * budget_bytes // max(size, 1)
+            if not exactly and low and crossing - low <= max(1, low // ROUGHLY):
+                return low
+            guess = (low + high) // 2 if high <= LARGEST and tries % 3 == 0 else crossing
             guess = min(max(guess, low + 1), high - 1)
         return low
 

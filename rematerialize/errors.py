@@ -39,6 +39,10 @@ class PlanMismatchError(RematerializeError, ValueError):
     """A saved plan that belongs to another model, input signature or step."""
 
 
+class UncheckedPlanWarning(UserWarning):
+    """A plan file of before digests: figures in it that no replay gives are taken as it says them."""
+
+
 class BudgetError(RematerializeError):
     """No schedule fits the budget.
 

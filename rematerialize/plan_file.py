@@ -2,7 +2,7 @@
 
 Figures that follow from graph and schedule are replayed where a plan is loaded. Others, such as the peak of a step that
 stores everything in another way than the plan's graph, can't be: a digest over all of them, which newer files carry,
-tells whether they are still those that were saved.
+tells whether they are still those that were saved. Of older files, a warning says which figures are taken as they are.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
-from rematerialize.errors import GraphError, ScheduleError, closest_file
+from rematerialize.errors import GraphError, ScheduleError, UncheckedPlanWarning, closest_file
 
 FORMAT = "rematerialize.plan/1"
 _NUMBERS: dict[str, Any] = {
@@ -82,17 +83,29 @@ def read_numbers(path: str | Path, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_said(path: str | Path, data: dict[str, Any], computed: dict[str, float | None]) -> None:
-    """Hold figures against those that follow from the rest, and all of the file against its digest, if it has one.
+    """Hold figures against those that follow from the rest, and all of the file against its digest.
+
+    A file that has none is of before digests, and a `UncheckedPlanWarning` says so to whoever loads it: `Plan.load`'s
+    caller. What else only files with a digest have was cut from one.
 
     Raises
     ------
     ScheduleError
-        If they differ.
+        If they differ, or a digest is missing that was there.
     """
     for key, value in computed.items():
         if not _agree(data.get(key), value):
             raise ScheduleError(f"{path}: {key} is {data.get(key)!r}, its schedule gives {value!r}; make a new plan")
-    if data.get("digest", "") and data["digest"] != digest(data):
+    if not data.get("digest"):
+        if "made_for" in data:
+            raise ScheduleError(f"{path}: its digest is gone, without which it can't be trusted; make a new plan")
+        warnings.warn(
+            f"{path} has no digest: what is resident, the smallest budget, and peak and time of storing everything "
+            "can't be checked; make a new plan to be sure of them",
+            UncheckedPlanWarning,
+            stacklevel=3,
+        )
+    elif data["digest"] != digest(data):
         raise ScheduleError(
             f"{path}: something in it was changed since it was saved (its digest is another): figures that a replay "
             "doesn't give can't be trusted; make a new plan"

@@ -111,7 +111,7 @@ class Plan:
     def _rows(self) -> list[tuple[str, str]]:
         stored = self.store_all_peak_bytes
         return [
-            ("budget", format_bytes(self.budget_bytes)),
+            ("activation budget" if self.origin.whole else "budget", format_bytes(self.budget_bytes)),
             ("peak", f"{format_bytes(self.peak_bytes)} ({format_percent(self.peak_bytes / max(stored, 1))})"),
             ("store-all peak", format_bytes(stored)),
             ("smallest budget", format_bytes(self.minimum_bytes)),
@@ -129,9 +129,11 @@ class Plan:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the table beside the memory over the step."""
+        """What a notebook shows: what it was made for, the table beside the memory over the step."""
         plan, stored = of_schedule(self.graph, self.schedule), self.stored_timeline()
-        return notebook_html(_TITLE, self._rows(), plan, stored, budget_bytes=self.budget_bytes)
+        title = f"Memory plan of {self.origin.target}" if self.origin.target else _TITLE
+        about = self.origin.line()
+        return notebook_html(title, self._rows(), plan, stored, budget_bytes=self.budget_bytes, about=about)
 
     def explain(self, depth: int = 2) -> Explanation:
         """Per module and op: what is stored, what is recomputed how often, and why.
@@ -229,6 +231,9 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a plan and check it: its graph is verified, its schedule replayed by the simulator.
 
+        Figures that no replay gives, such as `resident_bytes`, are held by the file's digest. A file of before digests
+        is read with an `UncheckedPlanWarning`.
+
         Raises
         ------
         ScheduleError, GraphError
@@ -248,7 +253,8 @@ class Plan:
                 f"{path}: its schedule needs {result.peak_bytes} bytes by replay, the file says "
                 f"{schedule.peak_bytes} under a budget of {numbers['budget_bytes']}; make a new plan"
             )
-        numbers["searched_minimum_bytes"] = numbers.pop("minimum_bytes")
+        # What the schedule needs is enough: a file that asks for more as its smallest budget is wrong.
+        numbers["searched_minimum_bytes"] = min(numbers.pop("minimum_bytes"), result.peak_bytes)
         try:
             origin = Origin.from_dict(data.get("made_for", {}))
         except ValueError as error:

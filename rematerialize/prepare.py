@@ -160,7 +160,11 @@ class PreparedStep:
 
     def variants(self) -> tuple[PreparedStep, ...]:
         """Return this step, and those that compute the same in another way."""
-        return tuple(variant for variant in (self, self.masked, self.finer) if variant is not None)
+        return tuple(variant for variant in self.ways() if variant is not None)
+
+    def ways(self) -> tuple[PreparedStep, PreparedStep | None, PreparedStep | None]:
+        """Return the same by position, None for what this step has not: of two batches, equal places are equal ways."""
+        return self, self.masked, self.finer
 
     def minimum(self) -> int:
         """The smallest activation budget that works, in bytes."""

@@ -163,6 +163,10 @@ class Profile:
             return [*rows, ("figures are of", "captured step; eager may need more")]
         return rows + self._beside(self.measured, size)
 
+    def _title(self) -> str:
+        """What it is of, by the model's class: a command line knows better, and has a title of its own."""
+        return f"Training step of {kind}" if (kind := self.kinds.get("", "")) else "Training step"
+
     def _named(self, module: str) -> str:
         """A module for readers: a number alone, as a Sequential's parts have, says nothing."""
         kind = self.kinds.get(module, "")
@@ -216,7 +220,7 @@ class Profile:
         at = self.timeline.boundary * min(60, len(values)) // max(len(values), 1)
         return "\n\n".join(
             [
-                plan_table("Training step, everything stored", self.overview()),
+                plan_table(f"{self._title()}, everything stored", self.overview()),
                 f"Memory over the step\n  {sparkline(values)}\n  {'forward':<{max(at, 8)}}backward",
                 "Largest tensors at the peak\n" + aligned_table(TENSOR_HEADERS, self.tensor_rows(), ">><<<"),
                 "Modules\n" + aligned_table(MODULE_HEADERS, self.module_table()),

@@ -349,7 +349,11 @@ def test_an_interrupt_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
         ("mine:make", ("--activation-budget", "auto"), "'auto'"),
         ("mine", ("--budget", "1GiB"), "PKG.MOD:FACTORY"),
         ("mine:", ("--budget", "1GiB"), "PKG.MOD:FACTORY"),
+        (".:make", ("--budget", "1GiB"), "PKG.MOD:FACTORY"),
+        ("mine:make:again", ("--budget", "1GiB"), "PKG.MOD:FACTORY"),
         ("absent.module:make", ("--budget", "1GiB"), "no module named 'absent'"),
+        ("zo:gpt", ("--budget", "1GiB"), "did you mean 'zoo:gpt'?"),
+        ("mine:make", ("--budget", "1GiB", "--cost-cache", "mine.py"), "'mine.py' is a file"),
         ("mine:absent", ("--budget", "1GiB"), "has no 'absent'"),
         ("mine:number", ("--budget", "1GiB"), "must be a function"),
         ("mine:alone", ("--budget", "1GiB"), "must return (model, example_inputs)"),
@@ -419,3 +423,25 @@ def test_memory_that_ran_out_is_no_bug_of_ours(capfd: pytest.CaptureFixture[str]
             raise error
         assert left.value.exit_code == 2
         assert says in capfd.readouterr().err
+
+
+def test_the_collector_rests_while_torch_is_imported_and_only_then() -> None:
+    program = textwrap.dedent("""
+        import gc, sys
+        from rematerialize.cli.targets import uncollected_imports
+        try:
+            with uncollected_imports():
+                assert not gc.isenabled()
+                raise RuntimeError
+        except RuntimeError:
+            assert gc.isenabled() and gc.get_freeze_count() == 0
+        with uncollected_imports():
+            assert not gc.isenabled()
+        assert gc.isenabled() and gc.get_freeze_count() > 0
+        gc.unfreeze()
+        sys.modules["torch"] = gc
+        with uncollected_imports():
+            assert gc.isenabled()
+        assert gc.get_freeze_count() == 0
+    """)
+    subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": str(ROOT)})

@@ -198,6 +198,8 @@ def test_a_measured_frontier_has_predicted_and_real_figures_side_by_side_in_ever
     assert len(printed["measured"]) == len(printed["points"])
     for point in printed["points"]:
         assert {type(value) for name, value in point.items() if name.endswith("_bytes")} == {int}
+    call(capfd, *asked, "-o", "f.html")
+    assert Path("f.html").read_text(encoding="utf-8").count('title="measured: ') >= 2
     pytest.importorskip("matplotlib")
     call(capfd, *asked, "-o", "f.svg")
     drawn = Path("f.svg").read_text(encoding="utf-8")
@@ -216,6 +218,7 @@ def test_a_frontier_refuses_a_file_that_it_cannot_write_before_planning(
     target: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert ".html" in call(capfd, "frontier", target, "-o", "f.docx", code=2).error()
+    assert call(capfd, "frontier", target, "-o", "f.htm", code=2).error().endswith("f.htm; did you mean '.html'?")
 
 
 def test_the_largest_batch(target: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -256,6 +259,10 @@ def test_wrong_words_are_one_line(args: tuple[str, ...], target: str, capfd: pyt
         (("profile", "--optimizer", "admaw"), "unknown optimizer 'admaw': expected one of asgd, "),
         (("profile", "--optimizer", "admaw"), "; did you mean 'adamw'?"),
         (("frontier", "--optimizer", "sdg"), "; did you mean 'sgd'?"),
+        (
+            ("max-batch", "--budget", "1MiB", "--max-overhead", "lots"),
+            "--max-overhead 'lots' can't be read: expected a ",
+        ),
         (("profile", "--device", "h100"), "did you mean 'NVIDIA H100 80GB' or 'NVIDIA H100 PCIe 80GB'?"),
         (("profile", "--device", "NVIDIA H100"), "; did you mean 'NVIDIA H100 80GB'"),
         (("plan", "--budget", "1GiB", "--reserve", "x"), "--reserve 'x' can't be read: expected bytes (8589934592) or"),

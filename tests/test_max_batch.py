@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import rematerialize as remat
 import rematerialize.batches
 from rematerialize.analytic import on_fake_tensors
-from rematerialize.errors import RematerializeError, UnitError
+from rematerialize.errors import RematerializeError, ScheduleError, UnitError
 from rematerialize.targets.inputs import resized
 
 pytestmark = pytest.mark.usefixtures("quick_plans")
@@ -47,6 +47,29 @@ def test_the_answer_fits_and_one_more_does_not() -> None:
     assert found.overhead is not None
     assert found.overhead > 0
     assert "forward" not in vars(net)
+
+
+def test_of_the_batches_that_are_tried_few_are_searched_the_answer_and_the_next_among_them() -> None:
+    found = remat.max_batch(model(), inputs(), budget=2**20, confirm=False)
+    searched = {need.batch for need in found.tried if need.searched}
+    assert searched >= {found.with_plan, found.with_plan + 1}
+    assert len(searched) <= 5  # the first, for which there is nothing to replay; a bound that was far off
+    assert len(searched) < len(found.tried) < 16
+    needs = {need.batch: need for need in found.tried}
+    for batch in (found.with_plan, found.with_plan + 1):
+        least = remat.plan(model(), resized(inputs(), batch, 0), activation_budget="100%", device="2-core CPU")
+        assert needs[batch].minimum_bytes == least.minimum_bytes + least.resident_bytes
+
+
+def test_a_plan_of_another_batch_that_does_not_run_at_this_one_is_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_ops(*_: object) -> None:
+        raise ScheduleError("unknown op")
+
+    usual = remat.max_batch(model(), inputs(), budget=2**19, confirm=False)
+    monkeypatch.setattr(rematerialize.batches, "simulate", other_ops)
+    found = remat.max_batch(model(), inputs(), budget=2**19, confirm=False)
+    assert (found.without, found.with_plan) == (usual.without, usual.with_plan)
+    assert all(need.searched for need in found.tried)
 
 
 def test_an_optimizer_and_a_reserve_leave_less() -> None:

@@ -70,6 +70,7 @@ def test_the_peak_is_store_alls_and_its_tensors_and_modules_add_up_to_it() -> No
 
 def test_it_says_where_the_peak_is() -> None:
     text = str(profiled())
+    assert text.startswith("Training step of Net, everything stored\n")
     assert "layers.7" in text or "(model)" in text
     assert "test_profile.py:" in text
     assert "float32[128, 64]" in text

@@ -35,9 +35,11 @@ def chromium() -> Iterator[browser.Browser]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     points = (FrontierPoint(6100, 6000, 0.0), FrontierPoint(4600, 4500, 0.5))
+    measured = (FrontierPoint(6100, 6000, 0.0), FrontierPoint(4600, 4500, -0.1))
     graph = a_step()
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(html_report(graph, a_schedule(graph), frontier=points, chosen=1), encoding="utf-8")
+    page = html_report(graph, a_schedule(graph), frontier=points, chosen=1, measured=measured)
+    path.write_text(page, encoding="utf-8")
     return path
 
 
@@ -177,19 +179,36 @@ def test_a_table_that_is_cut_says_that_it_scrolls_and_its_rows_hold_together(
 ) -> None:
     chromium.emulate(width=390, height=844)
     chromium.open(page)
-    hint = "return getComputedStyle(document.querySelector('.edge'), '::after').content"
+    hint = "return getComputedStyle(document.querySelector('.edge:has(#modules)'), '::after').content"
     frames = "return new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
     assert chromium.run(hint) != "none"
     rows = chromium.run(
         "return [...document.querySelectorAll('#modules tr')].map(r => r.getBoundingClientRect().height)"
     )
     assert all(height == int(height) for height in rows)  # else the line of a sticky cell is drawn a pixel off
-    chromium.run("document.querySelector('.edge .scroll').scrollLeft = 9999")
+    chromium.run("document.querySelector('.edge:has(#modules) .scroll').scrollLeft = 9999")
     chromium.run(frames)
     assert chromium.run(hint) == "none"
     chromium.emulate()
     chromium.run(frames)
     assert chromium.run(hint) == "none"
+
+
+def test_figures_stay_whole_on_a_phone_and_say_where_they_scroll(chromium: browser.Browser, page: Path) -> None:
+    chromium.emulate(width=390, height=844)
+    chromium.open(page)
+    chromium.run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    chromium.run("return new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    heights = chromium.run(
+        "return [...document.querySelectorAll('details tbody th')].map(one => one.getBoundingClientRect().height)"
+    )
+    assert max(heights) < 100  # a column of letters is higher
+    edges = chromium.run("""return [...document.querySelectorAll('details .edge')].map(edge => {
+        const inner = edge.firstElementChild;
+        return [inner.clientWidth < inner.scrollWidth - 1, edge.classList.contains('more')];
+    })""")
+    assert edges
+    assert all(cut == told for cut, told in edges)
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -221,7 +240,7 @@ def test_text_and_lines_stand_out_in_light_and_dark(chromium: browser.Browser, p
     assert (sum(background) < 200) == dark
     for selector in ("body", ".note", ".mark.budget", ".tick", "thead th", ".lane-name span"):
         assert contrast(colour(chromium, selector, "color"), background) >= 4.5, selector
-    for selector in (".plan-line", ".store-all-line", ".budget-line"):
+    for selector in (".plan-line", ".store-all-line", ".budget-line", ".measured-line", ".cross"):
         assert contrast(colour(chromium, selector, "stroke"), background) >= 3, selector
     raised = colour(chromium, ".panel", "backgroundColor")
     for selector in (".panel .where", ".panel small", ".figures small"):

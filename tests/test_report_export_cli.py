@@ -9,12 +9,13 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rematerialize.errors import RematerializeError, ScheduleError
+from rematerialize.errors import RematerializeError, ScheduleError, UncheckedPlanWarning
 from rematerialize.plans import Plan
 from rematerialize.report.figures import FrontierPoint
 from rematerialize.report.notebook import notebook_html
@@ -168,6 +169,7 @@ def test_other_plans_make_the_pages_frontier(folder: Path) -> None:
         (("plan.json",), "expected --format, one of html, perfetto, memory_viz, csv"),
         (("plan.json", "--format", "perfetto", "-o", "a.csv"), "ends like --format csv, got --format perfetto"),
         (("plan.json", "--format", "perfetto", "-o", "plan.json", "--force"), "-o plan.json is the plan itself"),
+        (("plan.json", "-o", "page.hmtl"), "got -o page.hmtl; did you mean '.html'?"),
         (("plan.json", "-o", "stored.json"), "stored.json exists already: give --force"),
         (("plan.json", "-o", "no/such/page.html"), "there is no folder no/such"),
         (("missing.json", "-o", "page.html"), "there is no file missing.json"),
@@ -253,6 +255,18 @@ def test_a_notebook_shows_the_table_beside_the_memory() -> None:
     assert "this plan 4.40 KiB" in text
     assert not {"script", "style", "link", "img"} & {tag for tag, _ in parsed.found}
     assert "http" not in shown
+    assert "Training step under an activation budget" in text  # a plan by hand: nobody knows of what
+
+
+def test_a_notebook_names_the_model_and_the_budget_that_was_asked_for() -> None:
+    origin = Origin("Net<x>", "float32", "AMD EPYC", asked="8.00 KiB", whole=True, reserve_bytes=2048)
+    parsed = Elements(replace(a_plan(), origin=origin)._repr_html_())
+    assert parsed.open == []
+    assert parsed.text[:2] == [
+        "Memory plan of Net<x>",
+        "float32; costs measured on AMD EPYC; asked for: a budget of 8.00 KiB, 2.00 KiB of it reserved",
+    ]
+    assert "activation budget 4.50 KiB" in " ".join(parsed.text)  # what of it the drawing and the table are in
 
 
 def test_a_notebook_shows_names_as_text_and_stays_small() -> None:
@@ -298,12 +312,37 @@ def test_files_of_before_and_files_that_tools_wrote_anew_are_read(folder: Path) 
     saved = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     old = {key: value for key, value in saved.items() if key not in ("made_for", "digest")}
     (folder / "old.json").write_text(json.dumps(old), encoding="utf-8")
-    assert Plan.load(folder / "old.json").origin == Origin()
-    said = run_cli("explain", "old.json", cwd=folder).stdout
-    assert said.startswith("Plan of old.json\n  activation budget")
+    with pytest.warns(UncheckedPlanWarning, match="old.json has no digest: what is resident") as warned:
+        assert Plan.load(folder / "old.json").origin == Origin()
+    assert [one.filename for one in warned] == [__file__]
+    done = run_cli("explain", "old.json", "-q", cwd=folder)
+    assert done.stdout.startswith("Plan of old.json\n  activation budget")
+    assert done.stderr.startswith("rematerialize: warning: old.json has no digest: ")
+    assert done.stderr.count("\n") == 1
     whole = dict(sorted(saved.items())) | {"more": [1], "store_all_time_s": int(saved["store_all_time_s"])}
     (folder / "again.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
-    assert Plan.load(folder / "again.json") == a_plan()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Plan.load(folder / "again.json") == a_plan()
+
+
+@pytest.mark.parametrize("without", [{}, {"digest": ""}, {"digest": None}])
+def test_a_file_whose_digest_was_cut_out_is_not_taken_for_an_old_one(
+    folder: Path, without: dict[str, str | None]
+) -> None:
+    saved = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    del saved["digest"]
+    (folder / "cut.json").write_text(json.dumps({**saved, **without, "resident_bytes": 1}), encoding="utf-8")
+    with pytest.raises(ScheduleError, match=r"cut\.json: its digest is gone, .*make a new plan"):
+        Plan.load(folder / "cut.json")
+
+
+def test_the_smallest_budget_of_an_old_file_is_at_most_what_its_schedule_needs(folder: Path) -> None:
+    saved = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    old = {key: value for key, value in saved.items() if key not in ("made_for", "digest")}
+    (folder / "old.json").write_text(json.dumps({**old, "minimum_bytes": 10**9}), encoding="utf-8")
+    with pytest.warns(UncheckedPlanWarning):
+        assert Plan.load(folder / "old.json").minimum_bytes == a_plan().peak_bytes
 
 
 def test_a_page_and_a_figure_say_what_the_plan_is_of(folder: Path) -> None:

@@ -26,6 +26,7 @@ from tests.strategies import training_graphs
 
 VOID = {"meta", "link", "br"}
 POINTS = (FrontierPoint(7000, 6500, 0.0), FrontierPoint(4600, 4500, 0.5))
+MEASURED = (FrontierPoint(7000, 6400, 0.0), FrontierPoint(4600, 4400, -0.25))
 
 
 class Elements(HTMLParser):
@@ -84,6 +85,40 @@ def test_without_a_frontier_there_is_no_section_for_it() -> None:
     assert "What other budgets cost" not in page_of(a_step())
     with pytest.raises(RematerializeError, match=r"chosen must be a position in the frontier of 2 points, got 2"):
         page_of(a_step(), frontier=POINTS, chosen=2)
+
+
+def places(page: str, kind: str) -> list[tuple[float, float]]:
+    """Where marks of a kind stand in the drawing of the frontier, in percent from the left and from the top."""
+    found = [attributes for tag, attributes in Elements(page).found if tag == "span"]
+    styles = [str(one["style"]) for one in found if str(one.get("class", "")).split()[:1] == [kind]]
+    return [(float(x), float(y)) for x, y in re.findall(r"left:([-\d.]+)%;top:([-\d.]+)%", " ".join(styles))]
+
+
+def test_measured_points_are_drawn_beside_the_predicted_ones_and_told_in_a_legend() -> None:
+    page = page_of(a_step(), frontier=POINTS, chosen=1, measured=MEASURED)
+    text = " ".join("".join(Elements(page).text).split())
+    assert "predictedmeasured" in text
+    assert "Measured peakMeasured overhead" in text
+    assert "4.50 KiB (this plan)4.40 KiB50.0%4.30 KiB-25.0%" in text
+    assert 'title="measured: 4.30 KiB, -25.0%"' in page
+    assert "but for those that are called measured" in text
+    predicted, measured = places(page, "point"), places(page, "measured")
+    assert len(predicted) == len(measured) == 2
+    assert all(0 <= x <= 100 and 0 <= y <= 100 for x, y in predicted + measured)
+    assert predicted[0][1] == measured[0][1]  # both 0%
+    assert measured[1][1] > measured[0][1] > predicted[1][1]  # -25%, 0%, 50%
+    assert measured[1][0] / predicted[1][0] == pytest.approx(4400 / 4500, abs=1e-3)
+
+
+def test_without_real_steps_a_frontier_has_neither_crosses_nor_a_legend_for_them() -> None:
+    page = page_of(a_step(), frontier=POINTS, chosen=1)
+    assert places(page, "measured") == []
+    assert "measured" not in "".join(Elements(page).text).lower()
+
+
+def test_measured_points_that_are_not_one_per_plan_are_refused() -> None:
+    with pytest.raises(RematerializeError, match="measured must have one point for each of 2, got 1"):
+        page_of(a_step(), frontier=POINTS, measured=MEASURED[:1])
 
 
 def test_an_invalid_schedule_is_refused() -> None:

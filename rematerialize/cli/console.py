@@ -8,16 +8,20 @@ import json
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from rematerialize.cli.errors import UsageError
 from rematerialize.report.table import aligned_table, plan_table
 from rematerialize.units import format_bytes
+
+if TYPE_CHECKING:
+    from rematerialize.plans import Plan
 
 _STAGES = {
     "capture": "capturing the step",
@@ -56,6 +60,23 @@ class Console:
         """One line on stderr."""
         if not self.quiet:
             print(f"rematerialize: {message}", file=sys.stderr, flush=True)
+
+    def load_plan(self, path: Path) -> Plan:
+        """A plan file, what it warns of in one line on stderr, progress wanted or not.
+
+        Raises
+        ------
+        ScheduleError, GraphError
+            As `Plan.load`.
+        """
+        from rematerialize.plans import Plan
+
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            plan = Plan.load(path)
+        for one in found:
+            print(f"rematerialize: warning: {one.message}", file=sys.stderr)
+        return plan
 
     def size(self, size_bytes: int) -> str:
         """A size as the caller asked: three digits and a unit, or exact bytes."""

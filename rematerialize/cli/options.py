@@ -58,7 +58,12 @@ OptimizerOption = Annotated[
 ReserveOption = Annotated[str | None, typer.Option("--reserve", metavar="SIZE", help="Kept free besides.")]
 CostCacheOption = Annotated[
     Path | None,
-    typer.Option("--cost-cache", metavar="FOLDER", help="Where measured costs are kept; by default the user's cache."),
+    typer.Option(
+        "--cost-cache",
+        metavar="FOLDER",
+        file_okay=False,
+        help="Where measured costs are kept; by default the user's cache.",
+    ),
 ]
 MeasureOption = Annotated[bool, typer.Option("--measure", help="Also run real steps, and show what they took.")]
 DepthOption = Annotated[

@@ -19,11 +19,15 @@ class Need:
     batch : int
     store_all_bytes, minimum_bytes : int
         Peak with everything stored, and the smallest budget that works.
+    searched : bool
+        Whether it was searched for: if not, ``minimum_bytes`` is what another batch's plan needs at this one, an upper
+        bound. The answer and the next larger batch are searched.
     """
 
     batch: int
     store_all_bytes: int
     minimum_bytes: int
+    searched: bool = True
 
 
 @dataclass(frozen=True, slots=True)

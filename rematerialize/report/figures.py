@@ -92,31 +92,57 @@ def strip(plan: Timeline, area: Frame) -> str:
     return f'<ul class="strip" id="strip">{"".join(items)}</ul>'
 
 
-def frontier_plot(points: Sequence[FrontierPoint], chosen: int | None) -> str:
-    """Peak against overhead, a mark for each plan, the chosen one large and named."""
-    top = max((point.overhead for point in points), default=0.0) * 1.1 or 0.01
-    area = Frame(1.0, max(point.peak_bytes for point in points) * 1.04, timed=False)
+def frontier_legend() -> str:
+    """What the marks of a frontier are where plans also ran, told apart by shape as well as by colour."""
+    circle = '<circle class="predicted-key" cx="15" cy="7.5" r="5"/>'
+    cross = '<path class="cross" d="M10 2.5L20 12.5M20 2.5L10 12.5"/>'
+    marks = (
+        (f'<path class="frontier-line" d="M0 7.5H30"/>{circle}', "predicted"),
+        (f'<path class="measured-line" d="M0 7.5H30"/>{cross}', "measured"),
+    )
+    items = (f'<li><svg viewBox="0 0 30 15" aria-hidden="true">{mark}</svg>{name}</li>' for mark, name in marks)
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def frontier_plot(points: Sequence[FrontierPoint], chosen: int | None, measured: Sequence[FrontierPoint] = ()) -> str:
+    """Peak against overhead, a mark for each plan, the chosen one large and named, real steps as crosses."""
+    overheads = [point.overhead for point in (*points, *measured)]
+    top = max(overheads, default=0.0) * 1.1
+    bottom = min((0.0, *overheads)) * 1.1  # a real step may be faster than the one that stores everything
+    top, span = (top, top - bottom) if top > bottom else (0.01, 0.01)
+    area = Frame(1.0, max(point.peak_bytes for point in (*points, *measured)) * 1.04, timed=False)
 
     def place(point: FrontierPoint) -> tuple[float, float]:
-        return SIDE * point.peak_bytes / area.top_bytes, SIDE * (1 - point.overhead / top)
+        return SIDE * point.peak_bytes / area.top_bytes, SIDE * (top - point.overhead) / span
 
-    corners = [place(point) for point in sorted(points, key=lambda point: point.peak_bytes)]
-    drawn = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in corners)
+    def drawn(line: Sequence[FrontierPoint], kind: str) -> str:
+        corners = [place(point) for point in sorted(line, key=lambda point: point.peak_bytes)]
+        return f'<path class="{kind}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in corners)}"/>' if line else ""
+
     x_marks = [Tick(SIDE - tick.at, tick.text) for tick in size_ticks(area)]
-    y_marks = _overhead_ticks(top)
+    y_marks = _overhead_ticks(top, span)
     grid = "".join(f'<path class="grid" d="M0 {tick.at:.1f}H{SIDE:g}"/>' for tick in y_marks)
     return (
-        f'<div class="frontier-plot" aria-hidden="true">{_SVG}{grid}<path class="frontier-line" d="{drawn}"/>'
-        f'<path class="axis" d="M0 0V{SIDE:g}H{SIDE:g}"/></svg>{_axes(y_marks, x_marks, None)}'
+        f'<div class="frontier-plot" aria-hidden="true">{_SVG}{grid}{drawn(measured, "measured-line")}'
+        f'{drawn(points, "frontier-line")}<path class="axis" d="M0 0V{SIDE:g}H{SIDE:g}"/></svg>'
+        f"{_axes(y_marks, x_marks, None)}"
         f'<span class="axis-name above">overhead</span><span class="axis-name below">peak memory of the step</span>'
-        f"{''.join(_point(point, place(point), at == chosen) for at, point in enumerate(points))}</div>"
+        f"{''.join(_point(point, place(point), at == chosen) for at, point in enumerate(points))}"
+        f"{''.join(_cross(point, place(point)) for point in measured)}</div>"
     )
 
 
-def _overhead_ticks(top: float) -> list[Tick]:
-    step = next(step for step in (0.0025, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 1e9) if top / step <= 5)
-    marks = [step * at for at in range(int(top / step) + 1)] if step < 1e9 else [0.0, top]
-    return [Tick(SIDE * (1 - at / top), f"{100 * at:g}%" if step < 0.01 else f"{100 * at:.0f}%") for at in marks]
+def _overhead_ticks(top: float, span: float) -> list[Tick]:
+    """Marks of an axis that ends at an overhead and is so long; 0 is one of them."""
+    step = next(step for step in (0.0025, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 1e9) if span / step <= 5)
+    marks = [step * at for at in range(-int((span - top) / step), int(top / step) + 1)] if step < 1e9 else [0.0, top]
+    return [Tick(SIDE * (top - at) / span, f"{100 * at:g}%" if step < 0.01 else f"{100 * at:.0f}%") for at in marks]
+
+
+def _cross(point: FrontierPoint, place: tuple[float, float]) -> str:
+    x, y = place
+    words = f"measured: {format_bytes(point.peak_bytes)}, {format_percent(point.overhead)}"
+    return f'<span class="measured" style="left:{x / 10:.2f}%;top:{y / 10:.2f}%" title="{words}"></span>'
 
 
 def _point(point: FrontierPoint, place: tuple[float, float], chosen: bool) -> str:

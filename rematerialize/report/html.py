@@ -33,6 +33,7 @@ def html_report(
     stored: Timeline | None = None,
     frontier: Sequence[FrontierPoint] = (),
     chosen: int | None = None,
+    measured: Sequence[FrontierPoint] = (),
     title: str = "Memory plan of a training step",
     about: str = "",
     origin: Origin | None = None,
@@ -55,6 +56,8 @@ def html_report(
         Other plans of the same step, in any order.
     chosen : int, optional
         Position in `frontier` of the plan that the page is about.
+    measured : sequence of FrontierPoint
+        A real step of each plan of `frontier`, in its order, overheads over the first; none if they didn't run.
     title : str
     origin : Origin, optional
         What the plan was made for: told below the title, and the scope in which the page shows budgets.
@@ -72,10 +75,12 @@ def html_report(
     ScheduleError
         If the schedule isn't a valid one of the graph.
     RematerializeError
-        If `chosen` isn't a position in `frontier`.
+        If `chosen` isn't a position in `frontier`, or `measured` isn't of as many points.
     """
     if chosen is not None and not 0 <= chosen < len(frontier):
         raise RematerializeError(f"chosen must be a position in the frontier of {len(frontier)} points, got {chosen!r}")
+    if measured and len(measured) != len(frontier):
+        raise RematerializeError(f"measured must have one point for each of {len(frontier)}, got {len(measured)}")
     budget = schedule.budget_bytes if budget_bytes is None else budget_bytes
     origin = Origin() if origin is None else origin
     besides = (resident_bytes or 0) + origin.reserve_bytes if origin.whole else None
@@ -99,9 +104,10 @@ def html_report(
         timeline=memory_plot(plan, stored, area, budget),
         strip=strip(plan, area),
         moments=moments_table(plan, stored),
-        frontier=frontier_section(frontier, chosen),
+        frontier=frontier_section(frontier, chosen, measured),
         modules=modules_table(plan, stored),
-        footer=f"Made by rematerialize {__version__}. Memory and times are what the plan predicts.",
+        footer=f"Made by rematerialize {__version__}. Memory and times are what the plan predicts"
+        + (", but for those that are called measured." if measured else "."),
         data=embedded_json(page_data(plan, stored, area, budget)),
         style=_asset("page.css"),
         script=script,

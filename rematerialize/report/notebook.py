@@ -16,16 +16,26 @@ _COLUMNS = 300  # as wide as it is drawn
 
 
 def notebook_html(
-    title: str, rows: Sequence[tuple[str, str]], plan: Timeline, stored: Timeline, *, budget_bytes: int
+    title: str,
+    rows: Sequence[tuple[str, str]],
+    plan: Timeline,
+    stored: Timeline,
+    *,
+    budget_bytes: int,
+    about: str = "",
 ) -> str:
-    """Return one element with a table of names and values and a small drawing. No styles leak out of it."""
+    """Return one element with a table of names and values and a small drawing. No styles leak out of it.
+
+    `about` is a line below the title; `budget_bytes`, of activations, is the line in the drawing.
+    """
+    below = f'<div style="font-size:.85em;padding-bottom:4px">{escape(about)}</div>' if about else ""
     cells = "".join(
         f'<tr style="background:none"><td style="text-align:left;padding:1px 18px 1px 0">{escape(name)}</td>'
         f'<td style="text-align:right;padding:1px 0;font-variant-numeric:tabular-nums">{escape(value)}</td></tr>'
         for name, value in rows
     )
     return (
-        f'<div style="max-width:60rem"><div style="font-weight:bold;padding-bottom:4px">{escape(title)}</div>'
+        f'<div style="max-width:60rem"><div style="font-weight:bold;padding-bottom:4px">{escape(title)}</div>{below}'
         '<div style="display:flex;flex-wrap:wrap;gap:12px 32px;align-items:flex-start">'
         f'<table style="border:0;margin:0"><tbody>{cells}</tbody></table>'
         f'<div style="flex:1 1 18rem;min-width:16rem">{_drawing(plan, stored, budget_bytes)}</div></div></div>'
@@ -51,9 +61,9 @@ def _drawing(plan: Timeline, stored: Timeline, budget_bytes: int) -> str:
     keys = (
         (_PLAN, "&#9644;", f"this plan {format_bytes(plan.peak_bytes)}"),
         (_STORED, "&#9644;", f"store-all {format_bytes(stored.peak_bytes)}"),
-        (_BUDGET, "&#9476;", f"budget {format_bytes(budget_bytes)}"),
+        (_BUDGET, "&#9476;", f"activation budget {format_bytes(budget_bytes)}"),
     )
-    legend = "".join(
+    legend = " ".join(  # a line may break between them
         f'<span style="white-space:nowrap;margin-right:14px"><span style="color:{colour};font-weight:bold" '
         f'aria-hidden="true">{mark}</span> {text}</span>'
         for colour, mark, text in keys
@@ -61,9 +71,9 @@ def _drawing(plan: Timeline, stored: Timeline, budget_bytes: int) -> str:
     small = "font-size:.85em;line-height:1.5"
     return (
         f'<div style="{small}">Memory over the step</div>'
-        f'<svg {_SVG} aria-label="Memory over the step: this plan, store-all and the budget" '
+        f'<svg {_SVG} aria-label="Memory over the step: this plan, store-all and the activation budget" '
         f'style="display:block;width:100%;height:9rem;overflow:visible">{"".join(marks)}</svg>'
         f'<div style="{small};display:flex;justify-content:space-between"><span>0</span>'
         f"<span>{length}</span></div>"
-        f'<div style="{small}">{legend}<span style="white-space:nowrap">&#8942; the backward begins</span></div>'
+        f'<div style="{small}">{legend} <span style="white-space:nowrap">&#8942; the backward begins</span></div>'
     )

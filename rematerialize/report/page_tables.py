@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
-from rematerialize.report.figures import FrontierPoint, frontier_plot
+from rematerialize.report.figures import FrontierPoint, frontier_legend, frontier_plot
 from rematerialize.report.modules import ModuleNode, module_tree
 from rematerialize.report.timeline import Timeline
 from rematerialize.units import format_bytes, format_percent, format_seconds
@@ -22,19 +22,34 @@ def moments_table(plan: Timeline, stored: Timeline) -> str:
     return _in_figures(("Moment", "This plan", "Store-all"), rows)
 
 
-def frontier_section(points: Sequence[FrontierPoint], chosen: int | None) -> str:
+def frontier_section(
+    points: Sequence[FrontierPoint], chosen: int | None, measured: Sequence[FrontierPoint] = ()
+) -> str:
     """The frontier as a section with a drawing and a table; nothing if there are no points."""
     if not points:
         return ""
+    headers = ["Budget", "Peak", "Overhead"]
     rows = [
-        (format_bytes(point.budget_bytes), format_bytes(point.peak_bytes), format_percent(point.overhead))
+        [format_bytes(point.budget_bytes), format_bytes(point.peak_bytes), format_percent(point.overhead)]
         for point in points
     ]
     note = "Each mark is a plan of the same step: the memory that it needs, the compute time that it adds."
+    legend = ""
+    if measured:
+        headers += ["Measured peak", "Measured overhead"]
+        rows = [
+            [*row, format_bytes(real.peak_bytes), format_percent(real.overhead)]
+            for row, real in zip(rows, measured, strict=True)
+        ]
+        note = (
+            "Each circle is a plan of the same step: the memory that it needs, the compute time that it adds. Crosses "
+            "are real steps of these plans, as measured, their overhead over the real step of the first."
+        )
+        legend = frontier_legend()
     return (
         '<section aria-labelledby="frontier-title"><h2 id="frontier-title">What other budgets cost</h2>'
-        f'<p class="note">{note}</p>{frontier_plot(points, chosen)}'
-        f"{_in_figures(('Budget', 'Peak', 'Overhead'), rows, chosen)}</section>"
+        f'<p class="note">{note}</p>{legend}{frontier_plot(points, chosen, measured)}'
+        f"{_in_figures(headers, rows, chosen)}</section>"
     )
 
 
@@ -77,7 +92,8 @@ def _in_figures(headers: Sequence[str], rows: Sequence[Sequence[str]], chosen: i
         values = "".join(f"<td{_NUMBER}>{cell}</td>" for cell in cells)
         lines.append(f'<tr{mark}><th scope="row">{name}{more}</th>{values}</tr>')
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<details><summary>The same in figures</summary><div class="scroll">{table}</div></details>'
+    region = f'<div class="scroll" tabindex="0" role="region" aria-label="{", ".join(headers)}">{table}</div>'
+    return f'<details><summary>The same in figures</summary><div class="edge">{region}</div></details>'
 
 
 def _name(node: ModuleNode, opened: int) -> str:

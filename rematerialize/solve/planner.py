@@ -84,6 +84,10 @@ class Planner:
         """Return the smallest budget in bytes for which `solve` succeeds."""
         return self._search()[0].peak_bytes
 
+    def lowest(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return what the plan of least memory runs in the forward and in the backward, without a proof of its time."""
+        return self._runs(self._search()[0])
+
     def solve(self, budget_bytes: int) -> Schedule:
         """Return the fastest schedule found whose peak is at most the budget.
 
@@ -250,9 +254,12 @@ class Planner:
         peak_bytes, time_s = self._flat.replay(plan)
         return Point(peak_bytes, time_s, len(plan.order), solver, plan, rank)
 
-    def _schedule(self, point: Point, budget_bytes: int) -> Schedule:
+    def _runs(self, point: Point) -> tuple[tuple[str, ...], tuple[str, ...]]:
         names = [self._step.names[op] for op in point.plan.order]
-        forward, backward = tuple(names[: point.plan.split]), tuple(names[point.plan.split :])
+        return tuple(names[: point.plan.split]), tuple(names[point.plan.split :])
+
+    def _schedule(self, point: Point, budget_bytes: int) -> Schedule:
+        forward, backward = self._runs(point)
         result = simulate(self.graph, forward, backward)
         assert result.peak_bytes <= budget_bytes, "the solvers' memory model disagrees with the judge"
         least = self._archive[0].peak_bytes if self._archive else point.peak_bytes

@@ -15,6 +15,7 @@ from typing import Any
 
 from rematerialize.errors import RematerializeError, TargetError, did_you_mean
 from rematerialize.targets.names import TargetName
+from rematerialize.zoo import ENTRIES
 
 _LISTED = 8  # functions of a file, in an error
 
@@ -86,6 +87,7 @@ def _from_module(name: TargetName) -> ModuleType:
             if error.name is None or not f"{name.where}.".startswith(f"{error.name}."):
                 raise
             near = did_you_mean(error.name, (path.stem for path in Path(here).glob("*.py")))
+            near = near or did_you_mean(name.text, (f"zoo:{model}" for model in ENTRIES))
             raise TargetError(
                 f"no module named {error.name!r} here ({here}) or installed{near}; check the factory {name.text!r}"
             ) from None

@@ -64,7 +64,7 @@ def parse_target(text: str) -> TargetName:
             example = _example(path)
             raise TargetError(f"expected a factory as FILE.py:FACTORY, got {text!r}; write for example {example}")
         return TargetName(text, "file", str(path), function)
-    if not colon or not where or not function:
+    if not colon or ":" in where or "" in where.split(".") or not function:
         raise TargetError(f"expected a target as {_EXPECTED}, got {text!r}{_meant(text)}")
     return TargetName(text, "module", where, function)
 

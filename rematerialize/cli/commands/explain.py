@@ -54,9 +54,7 @@ def explain(
 ) -> None:
     """Say per module and op what a plan stores, what it recomputes how often, and why."""
     check_plan_file(plan_file, "explain")
-    from rematerialize.plans import Plan
-
-    plan = Plan.load(plan_file)
+    plan = console.load_plan(plan_file)
     explained = plan.explain(depth)
     rows = explained.ops
     if module is not None:

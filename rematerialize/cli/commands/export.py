@@ -15,6 +15,7 @@ from rematerialize.cli.completion import one_of
 from rematerialize.cli.console import Console
 from rematerialize.cli.errors import UsageError
 from rematerialize.cli.options import ForceOption, OutputOption, check_plan_file, existing_file
+from rematerialize.errors import did_you_mean
 
 if TYPE_CHECKING:
     from rematerialize.plans import Plan
@@ -60,10 +61,8 @@ def export(
     for path in others or ():
         existing_file(path, "a plan file for --with")
     _check(console, wanted, plan_file, output, force=force, others=others)
-    from rematerialize.plans import Plan
-
-    plan = Plan.load(plan_file)
-    compared = [_other(plan, path) for path in others or ()]
+    plan = console.load_plan(plan_file)
+    compared = [_other(console, plan, path) for path in others or ()]
     content = _html(plan, plan_file.name, compared) if wanted == "html" else _WRITERS[wanted](plan)
     if output is None:
         sys.stdout.flush()
@@ -89,10 +88,8 @@ def _check(
     console.check_output(output, force=force)
 
 
-def _other(plan: Plan, path: Path) -> Plan:
-    from rematerialize.plans import Plan
-
-    other = Plan.load(path)
+def _other(console: Console, plan: Plan, path: Path) -> Plan:
+    other = console.load_plan(path)
     if other.graph.content_hash() != plan.graph.content_hash():
         raise UsageError(f"{path} is a plan of another step, or was made with other costs; make both from one step")
     return other
@@ -104,7 +101,11 @@ def _format(name: str | None, output: Path | None) -> str:
         suffix = output.suffix.lower() if output is not None else ""
         by_suffix = [known for known, suffixes in _SUFFIXES.items() if suffix in suffixes]
         if not by_suffix:
-            raise UsageError(f"expected --format, one of {', '.join(_SUFFIXES)}, or an -o that ends like one of them")
+            near = did_you_mean(suffix, [known for suffixes in _SUFFIXES.values() for known in suffixes])
+            got = f", got -o {output}{near}" if output is not None else ""
+            raise UsageError(
+                f"expected --format, one of {', '.join(_SUFFIXES)}, or an -o that ends like one of them{got}"
+            )
         return by_suffix[0]
     if name not in _SUFFIXES:
         close = difflib.get_close_matches(name.lower(), _SUFFIXES, n=1, cutoff=0.5)

@@ -26,6 +26,7 @@ from rematerialize.cli.options import (
     check_reserve,
 )
 from rematerialize.cli.session import open_session, user_output
+from rematerialize.errors import did_you_mean
 from rematerialize.report.figures import FrontierPoint
 from rematerialize.units import format_percent, format_seconds
 
@@ -55,7 +56,8 @@ def frontier(
     console.check_output(output, force=force)
     reserve_bytes = check_reserve(reserve)
     if output is not None and output.suffix.lower() not in _SUFFIXES:
-        raise UsageError(f"expected -o to end in one of {', '.join(_SUFFIXES)}, got {output}")
+        near = did_you_mean(output.suffix, _SUFFIXES)
+        raise UsageError(f"expected -o to end in one of {', '.join(_SUFFIXES)}, got {output}{near}")
     session = open_session(
         console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache, steps="--measure" if measure else ""
     )
@@ -208,6 +210,7 @@ def _write(console: Console, output: Path, curve: _Curve) -> None:
             stored=plan.stored_timeline(),
             frontier=points,
             chosen=chosen,
+            measured=curve.measured(),
             title=f"Memory and overhead of {curve.target}",
             origin=plan.origin,
             about=f"This page shows {which}. For another: rematerialize plan {curve.target} --activation-budget SIZE "

@@ -23,6 +23,7 @@ from rematerialize.cli.options import (
     check_budgets,
 )
 from rematerialize.cli.session import open_session, user_output
+from rematerialize.units import parse_overhead
 
 
 @command
@@ -49,6 +50,8 @@ def max_batch(
     """Find the largest batch that fits the budget, without a plan and with one; exits with 3 if not even 1 fits."""
     check_budgets(budget, activation_budget)
     check_besides(activation_budget, reserve, optimizer)
+    if max_overhead is not None:
+        parse_overhead(max_overhead, name="--max-overhead")
     session = open_session(console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache)
     with user_output():
         from rematerialize.batches import max_batch as find

@@ -27,7 +27,6 @@ from rematerialize.cli.options import (
 )
 from rematerialize.cli.session import open_session, user_output
 from rematerialize.cli.targets import check_target
-from rematerialize.plans import Plan
 
 
 @command
@@ -64,7 +63,7 @@ def verify(
         check_budgets(budget, activation_budget, otherwise=", or a plan file by --plan")
         check_besides(activation_budget, reserve, optimizer)
     check_target(target, inputs, dtype)
-    plan = None if plan_file is None else Plan.load(existing_file(plan_file, "a plan for --plan"))
+    plan = None if plan_file is None else console.load_plan(existing_file(plan_file, "a plan for --plan"))
     session = open_session(console, target, inputs, dtype=dtype, device=device, cost_cache=cost_cache, steps="verify")
     console.progress(f"comparing {steps} step(s) of {target} with eager's")
     with user_output():

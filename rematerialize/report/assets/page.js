@@ -243,6 +243,7 @@
     const show = () => edge.classList.toggle("more", inner.scrollLeft + inner.clientWidth < inner.scrollWidth - 1);
     inner.addEventListener("scroll", show, { passive: true });
     addEventListener("resize", show);
+    edge.closest("details")?.addEventListener("toggle", show); // folded, it has no width
     show();
   };
 
