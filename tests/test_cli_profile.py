@@ -181,6 +181,7 @@ def test_a_frontier_is_a_table_and_a_file(suffix: str, target: str, capfd: pytes
     assert Path(f"f{suffix}").stat().st_size > 50
 
 
+@pytest.mark.slow
 def test_a_measured_frontier_has_predicted_and_real_figures_side_by_side_in_every_form(
     target: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

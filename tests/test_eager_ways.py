@@ -18,6 +18,8 @@ from rematerialize.harness import Stepper, measure_step_peak
 from rematerialize.prepare import PreparedStep, bind_inputs, prepare
 from tests.twins import at_minimum, check_steps, differences, step_of, store_all
 
+pytestmark = pytest.mark.usefixtures("quick_plans")
+
 SIZE = 8
 
 

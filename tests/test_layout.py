@@ -12,6 +12,8 @@ from rematerialize.prepare import PreparedStep, bind_inputs, prepare
 from rematerialize.torch_private import storage_key
 from tests.twins import check_steps
 
+pytestmark = pytest.mark.usefixtures("quick_plans")
+
 
 class Chunks(nn.Module):
     def __init__(self) -> None:
