@@ -65,9 +65,14 @@ def data_of(page: str) -> dict[str, object]:
     return data
 
 
+def text_of(page: str) -> str:
+    """What a reader sees, in one line."""
+    return " ".join("".join(Elements(page).text).split())
+
+
 def test_the_page_says_what_the_plan_needs_and_costs() -> None:
     page = page_of(a_step(), frontier=POINTS, chosen=1)
-    text = " ".join("".join(Elements(page).text).split())
+    text = text_of(page)
     assert "The step peaks at 4.40 KiB instead of 5.86 KiB, 75.0% of what storing everything takes" in text
     assert "for 50.0% more compute time" in text
     assert "budget 4.50 KiB" in text
@@ -96,7 +101,7 @@ def places(page: str, kind: str) -> list[tuple[float, float]]:
 
 def test_measured_points_are_drawn_beside_the_predicted_ones_and_told_in_a_legend() -> None:
     page = page_of(a_step(), frontier=POINTS, chosen=1, measured=MEASURED)
-    text = " ".join("".join(Elements(page).text).split())
+    text = text_of(page)
     assert "predictedmeasured" in text
     assert "Measured peakMeasured overhead" in text
     assert "4.50 KiB (this plan)4.40 KiB50.0%4.30 KiB-25.0%" in text

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from rematerialize import torch_private as private
 from rematerialize.capture.random import follow
-from rematerialize.capture.strides import is_dense
+from rematerialize.capture.strides import in_order, is_dense
 
 aten = torch.ops.aten
 
@@ -80,7 +80,7 @@ def _eager_strides(node: fx.Node) -> tuple[int, ...] | None:
     if not isinstance(source, fx.Node) or not isinstance(value, Tensor):
         return None
     if node.target is private.getitem and source.target in _CONTIGUOUS and not source.meta.get("in_place"):
-        return None if node.args[1] or value.is_contiguous() else torch.empty(value.shape, device="meta").stride()
+        return None if node.args[1] or value.is_contiguous() else tuple(in_order(range(value.dim()), value.shape))
     if not node.meta.get("in_place"):
         return None
     like = source.meta["val"]
