@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from rematerialize.garbage import uncollected
 from rematerialize.torch_private import DeviceType, tree_flatten
 from rematerialize.zoo.spec import Inputs, loss_is_output
 
@@ -345,13 +346,11 @@ def time_interleaved(
     wait = synchronize or (lambda: None)
     shuffle = random.Random(order_seed).shuffle
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    collecting = gc.isenabled()
-    try:
-        for turn in range(warmup + rounds):
-            gc.collect()
-            gc.disable()
-            order = list(steps)
-            shuffle(order)
+    for turn in range(warmup + rounds):
+        gc.collect()
+        order = list(steps)
+        shuffle(order)
+        with uncollected():
             for name in order:
                 wait()
                 start = time.perf_counter()
@@ -359,9 +358,6 @@ def time_interleaved(
                 wait()
                 if turn >= warmup:
                     samples[name].append(time.perf_counter() - start)
-    finally:
-        if collecting:
-            gc.enable()
     base = samples[reference]
     return {name: _timing(values, base) for name, values in samples.items()}
 

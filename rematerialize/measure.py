@@ -7,7 +7,6 @@ from the allocator's own events, so that workspace inside a kernel (convolutions
 from __future__ import annotations
 
 import contextlib
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from rematerialize.capture.inplace import call_in_place
 from rematerialize.capture.kernels import Kernel
 from rematerialize.capture.lower import KernelCost
 from rematerialize.cost_cache import CostCache, MeasuredCost, digest
+from rematerialize.garbage import uncollected
 
 # Blocks of these odd sizes, allocated between kernels, mark the borders in the stream of allocator events.
 _BORDER_BYTES = 4099
@@ -157,7 +157,7 @@ def _memory_by_events(fresh: dict[str, Kernel]) -> tuple[dict[str, _Memory], dic
     sizes: dict[str, dict[int, int]] = {}
     first_s: dict[str, float] = {}
     began: list[str] = []
-    with _no_collection(), private.allocation_events() as read:
+    with uncollected(), private.allocation_events() as read:
         for signature, kernel in fresh.items():
             with _refusing_data():
                 run = _prepare(kernel)
@@ -183,17 +183,6 @@ def _memory_by_events(fresh: dict[str, Kernel]) -> tuple[dict[str, _Memory], dic
         # Not "less what is left at the end": outputs that the fake kernel believes to be one tensor may be two.
         memory[signature] = _Memory(max(0, peak - _owned(fresh[signature], sizes[signature])), sizes[signature])
     return memory, first_s
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager

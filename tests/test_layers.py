@@ -16,6 +16,7 @@ PACKAGE = ROOT / "rematerialize"
 # The one list of layers; docs/architecture.md repeats it for readers and a test below compares the two.
 LAYERS = {
     "errors": 0,
+    "garbage": 0,
     "version": 0,
     "device_table": 1,
     "units": 1,

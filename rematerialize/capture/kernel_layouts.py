@@ -3,7 +3,8 @@
 A trace believes its fake kernels. Where they report a layout that the kernel doesn't return, a ``contiguous()`` or a
 ``reshape`` behind it copies in a real step and is left out of the trace, or the reverse: a kernel that relies on the
 layout then reads its input in the wrong order. The rules (`layout_rules`) are those of ATen's kernels;
-``python -m benchmarks.conformance layouts`` compares every op of torch's own test samples with its fake kernel.
+``python -m benchmarks.conformance layouts`` compares every op of torch's own test samples with its fake kernel,
+``python -m benchmarks.conformance.generated`` every functional op of ATen on drawn arguments.
 """
 
 from __future__ import annotations

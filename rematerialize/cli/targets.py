@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rematerialize.errors import TargetError
+from rematerialize.garbage import uncollected
 from rematerialize.targets.names import parse_target
 from rematerialize.targets.specs import parse_dtype, parse_specs
 
@@ -81,9 +82,6 @@ def uncollected_imports() -> Iterator[None]:
     if "torch" in sys.modules or not gc.isenabled():
         yield
         return
-    gc.disable()
-    try:
+    with uncollected():
         yield
         gc.freeze()
-    finally:
-        gc.enable()
