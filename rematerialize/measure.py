@@ -7,31 +7,26 @@ from the allocator's own events, so that workspace inside a kernel (convolutions
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import tensors_of
-from rematerialize.capture.inplace import call_in_place
 from rematerialize.capture.kernels import Kernel
 from rematerialize.capture.lower import KernelCost
 from rematerialize.cost_cache import CostCache, MeasuredCost, digest
 from rematerialize.garbage import uncollected
+from rematerialize.synthetic import devices_of, prepare_kernel
+from rematerialize.timing import time_kernels
 
 # Blocks of these odd sizes, allocated between kernels, mark the borders in the stream of allocator events.
 _BORDER_BYTES = 4099
-_STALLED = 2.0  # a warm run that takes so many times a cold one isn't believed
-_MOST_RUNS = 15
 _CHUNK = 64  # kernels per run of the profiler: an interrupt loses at most these
-_BLOCK = 4096
-_TIMED_SECONDS_PER_KERNEL = 0.02
-_KEPT_BYTES = 128 << 20  # allocators give back what is larger than 32 MiB at once, and fetch it anew, anyway
 _GUESSED_CALL_S, _GUESSED_S_PER_BYTE = 1e-5, 1e-9
 
 
@@ -64,7 +59,7 @@ class CostModel:
             Called with how many of the new kernels are done, and how many there are.
         """
         named = {kernel.name: (_signature(kernel), kernel) for kernel in kernels if kernel.calls}
-        distinct = dict(reversed(named.values()))
+        distinct = dict(reversed(named.values()))  # the first of equal ones
         self._read_cache(distinct)
         fresh = {s: kernel for s, kernel in distinct.items() if s not in self._known or s in self._unfinished}
         self._unfinished.update(fresh)
@@ -106,22 +101,23 @@ def _measure(
         return
     total = 2 * len(fresh)
     _measure_memory(fresh, known, lambda done: progress(done, total))
-    deadline = time.perf_counter() + time_limit_s
-    cold = [signature for signature in fresh if not known[signature].warm]
-    # The longest ones first: they make up most of a step.
-    for at, signature in enumerate(sorted(cold, key=lambda name: -known[name].cost.time_s)):
-        progress(total - len(cold) + at, total)
-        left_s = deadline - time.perf_counter()
-        if left_s > 0:
-            measured = _time(fresh[signature], min(_TIMED_SECONDS_PER_KERNEL, left_s / (len(cold) - at)))
-            known[signature] = MeasuredCost(replace(known[signature].cost, time_s=measured), warm=True)
+    cold = {name: (kernel, known[name].cost.time_s) for name, kernel in fresh.items() if not known[name].warm}
+    timed = total - len(cold)
+
+    def tell(signature: str, time_s: float) -> None:
+        nonlocal timed
+        known[signature] = MeasuredCost(replace(known[signature].cost, time_s=time_s), warm=True)
+        timed += 1
+        progress(timed, total)
+
+    time_kernels(cold, time_limit_s, tell)
     progress(total, total)
 
 
 def _measure_memory(fresh: dict[str, Kernel], known: dict[str, MeasuredCost], progress: Callable[[int], None]) -> None:
     """One run of every kernel: its workspace, its real sizes, and a first time."""
     unknown = [signature for signature in fresh if signature not in known]
-    on_cpu = {device.type for kernel in fresh.values() for device in _devices(kernel)} <= {"cpu"}
+    on_cpu = {device.type for kernel in fresh.values() for device in devices_of(kernel)} <= {"cpu"}
     for start in range(0, len(unknown), _CHUNK):
         memory: dict[str, _Memory] = {}
         first_s: dict[str, float] = {}
@@ -160,7 +156,7 @@ def _memory_by_events(fresh: dict[str, Kernel]) -> tuple[dict[str, _Memory], dic
     with uncollected(), private.allocation_events() as read:
         for signature, kernel in fresh.items():
             with _refusing_data():
-                run = _prepare(kernel)
+                run = prepare_kernel(kernel)
                 began.append(signature)
                 torch.empty(_BORDER_BYTES, dtype=torch.uint8)
                 start = time.perf_counter()
@@ -201,6 +197,8 @@ def _guess(kernel: Kernel) -> KernelCost:
 
     Workspace as large as all that it reads and writes: factorizations copy their input, few need more.
     """
+    if not kernel.writes:
+        return KernelCost(_GUESSED_CALL_S)
     nodes = {node for call, _ in kernel.calls for node in (call, *call.all_input_nodes)}
     tensors = [tensor for node in nodes for _, tensor in tensors_of(node.meta["val"])]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -229,7 +227,7 @@ def _windows(events: list[int]) -> list[list[int]]:
 
 def _memory_by_statistics(kernel: Kernel) -> tuple[_Memory, float]:
     """CUDA: the caching allocator's own peak around one run."""
-    run = _prepare(kernel)
+    run = prepare_kernel(kernel)
     run()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -245,136 +243,6 @@ def _memory_by_statistics(kernel: Kernel) -> tuple[_Memory, float]:
 
 def _sizes(result: Any) -> dict[int, int]:
     return {index: tensor.untyped_storage().nbytes() for index, tensor in tensors_of(result)}
-
-
-def _time(kernel: Kernel, allowed_s: float) -> float:
-    """The median of some warm runs: as many as fit into the allowed time, one at least.
-
-    On the CPU results are kept meanwhile: a step that stores activations writes them to memory that is new to the
-    process, which the first write makes up to ten times slower (softmax's backward on 8 MiB: 2.4 ms, 0.3 ms where
-    it writes again what it has just written).
-    """
-    run = _prepare(kernel)
-    cuda = any(device.type == "cuda" for device in _devices(kernel))
-
-    def timed() -> tuple[float, Any]:
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = run()
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start, result
-
-    cold_s = timed()[0]
-    times: list[float] = []
-    spent, kept_bytes = 0.0, 0
-    kept: list[Any] = []
-    while not times or (spent < allowed_s and len(times) < _MOST_RUNS):
-        took_s, result = timed()
-        times.append(took_s)
-        spent += took_s
-        kept_bytes += sum(_sizes(result).values())
-        if not cuda and kept_bytes <= _KEPT_BYTES:
-            kept.append(result)
-        del result
-    if len(times) == 1 and times[0] > _STALLED * cold_s:  # something held the machine up, and used the time up
-        times += [cold_s, timed()[0]]
-    return statistics.median(times)
-
-
-def _prepare(kernel: Kernel) -> Callable[[], Any]:
-    """A closure that runs the kernel on synthetic data; it returns the allocating call's result."""
-    data: dict[fx.Node, Any] = {}
-    inside = {node for node, _ in kernel.calls}
-    for node, _ in kernel.calls:
-        for source in node.all_input_nodes:
-            if source not in inside and source not in data:
-                workspace = _opaque(source)
-                data[source] = _synthetic(source.meta["val"]) if workspace is None else workspace
-    for node, _ in kernel.calls:
-        # Its source may hold fewer values than the mask: the one op that refuses a mask all true.
-        mask = node.args[1] if node.target is torch.ops.aten.masked_scatter.default else None
-        if isinstance(mask, fx.Node) and mask in data:
-            data[mask].zero_()
-
-    def run() -> Any:
-        values = dict(data)
-        first = None
-        for node, form in kernel.calls:
-            args = fx.node.map_arg(node.args, lambda source: values[source])
-            kwargs = fx.node.map_arg(node.kwargs, lambda source: values[source])
-            target = node.target
-            if form is not None:
-                target, args, kwargs = call_in_place(form, args, kwargs)
-            result = target(*args, **kwargs)  # type: ignore[operator]
-            values[node] = result
-            # Inside a kernel only the written-over value goes on: items of a tuple are looked up by views.
-            for user in node.users:
-                if user.target is private.getitem and user not in values:
-                    values[user] = result[user.args[1]]
-            first = result if first is None else first
-        return first
-
-    return run
-
-
-def _opaque(source: fx.Node) -> Tensor | None:
-    """A workspace that only its own kernel can fill (oneDNN's LSTM crashes on any other): run that kernel."""
-    while source.op == "call_function" and source.target is not private.getitem and source.all_input_nodes:
-        if source.target is not torch.ops.aten.detach.default:
-            return None
-        source = source.all_input_nodes[0]
-    if source.target is not private.getitem:
-        return None
-    maker, index = source.args
-    if not isinstance(maker, fx.Node) or maker.target is not private.training_rnn_layer or index != 3:
-        return None
-    args = fx.node.map_arg(maker.args, lambda node: _synthetic(node.meta["val"]))
-    result: Tensor = maker.target(*args)[3]
-    return result
-
-
-def _synthetic(value: Any) -> Any:
-    """A real tensor with the layout of a fake one: floats in (0.25, 1), so that no formula meets a NaN.
-
-    Booleans are true: what a mask selects takes workspace (a backward of `masked_scatter`).
-    """
-    if isinstance(value, (tuple, list)):
-        return type(value)(_synthetic(item) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    needed = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
-    base = torch.empty(max(needed, 0), dtype=value.dtype, device=value.device)
-    if value.is_floating_point():
-        _fill(base)
-        filled = base.as_strided(value.shape, value.stride())
-        if value.dim() >= 2 and value.shape[-1] == value.shape[-2] > 1:
-            # So that factorizations and solvers find a positive definite matrix.
-            filled.diagonal(dim1=-2, dim2=-1).fill_(float(value.shape[-1]))
-        return filled
-    elif value.is_complex():
-        base.fill_(0.5)
-    elif value.dtype == torch.bool:
-        base.fill_(True)
-    else:
-        base.zero_()
-    return base.as_strided(value.shape, value.stride())
-
-
-def _fill(flat: Tensor) -> None:
-    """Random values in (0.25, 1) at the speed of a copy: one block of them, repeated."""
-    block = torch.empty(min(flat.numel(), _BLOCK), dtype=flat.dtype, device=flat.device).uniform_(0.25, 1.0)
-    if block.numel():
-        whole = flat.numel() - flat.numel() % block.numel()
-        flat[:whole].view(-1, block.numel()).copy_(block)
-        flat[whole:].copy_(block[: flat.numel() - whole])
-
-
-def _devices(kernel: Kernel) -> Iterator[torch.device]:
-    for node, _ in kernel.calls:
-        for _, tensor in tensors_of(node.meta["val"]):
-            yield tensor.device
 
 
 def _signature(kernel: Kernel) -> str:

@@ -45,6 +45,7 @@ from rematerialize.schedule import Schedule
 from rematerialize.signature import signature
 from rematerialize.simulate import simulate
 from rematerialize.solve import Planner, solvers
+from rematerialize.views import view_kernels, with_views
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage ("capture", "costs", "solve"), how much of it is done, and how much there is."""
@@ -333,7 +334,9 @@ def _costs(kernels: KernelGraph, options: PrepareOptions) -> Mapping[str, Kernel
         return AnalyticCostModel(options.device)(kernels.kernels)
     try:
         measured = options.costs or shared_costs()
-        return measured(kernels.kernels, lambda done, total: options.tell("costs", done, total))
+        views = view_kernels(kernels)
+        in_turn = [each for kernel in kernels.kernels for each in (*views[kernel.name], kernel)]
+        return with_views(measured(in_turn, lambda done, total: options.tell("costs", done, total)), views)
     except torch.OutOfMemoryError as error:
         error.add_note(
             "This happened while rematerialize measured what the ops of a training step cost, one at a time: the "

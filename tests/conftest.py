@@ -19,9 +19,9 @@ def quick_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, each kernel timed shortly, short searches: for tests of values and bytes, not of seconds."""
     import torch  # here, so that a run of the solver's tests alone stays without it
 
-    from rematerialize import measure
+    from rematerialize import timing
 
-    monkeypatch.setattr(measure, "_TIMED_SECONDS_PER_KERNEL", 0.0)
+    monkeypatch.setattr(timing, "_TIMED_SECONDS_PER_KERNEL", 0.0)
     monkeypatch.setattr(polish, "effort_for", _little_effort)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums that threads split have an order of their own

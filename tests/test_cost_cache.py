@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import rematerialize as remat
-from rematerialize import cost_cache, measure
-from rematerialize.capture import Kernel, KernelCost
+from rematerialize import cost_cache, measure, timing
+from rematerialize.capture import KernelCost
 from rematerialize.cost_cache import CostCache, MeasuredCost
 
 
@@ -37,7 +37,8 @@ def test_what_one_process_measured_is_not_run_by_the_next(tmp_path: Path, monkey
     def refuse(*args: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(measure, "_prepare", refuse)
+    monkeypatch.setattr(measure, "prepare_kernel", refuse)
+    monkeypatch.setattr(timing, "prepare_kernel", refuse)
     second = planned(tmp_path)
     assert second.graph == first.graph
 
@@ -79,22 +80,24 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_the_memory_of_it(tmp_
 
 
 def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    time_of, calls = measure._time, []
+    run, runs = timing._Clock.run, []
 
-    def interrupted(*args: Any) -> float:
-        calls.append(args)
-        if len(calls) == 4:
+    def interrupted(clock: Any) -> None:
+        runs.append(clock)
+        if len(runs) == 4:
             raise KeyboardInterrupt
-        return time_of(*args)
+        run(clock)
 
     with monkeypatch.context() as patched:
-        patched.setattr(measure, "_time", interrupted)
+        patched.setattr(timing._Clock, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             planned(tmp_path)
     kept = CostCache(tmp_path).load()
     assert sum(measured.warm for measured in kept.values()) == 3
-    again: list[Any] = []
-    monkeypatch.setattr(measure, "_time", lambda *args: again.append(args) or time_of(*args))
+    time_kernels, again = measure.time_kernels, []
+    monkeypatch.setattr(
+        measure, "time_kernels", lambda kernels, *rest: again.extend(kernels) or time_kernels(kernels, *rest)
+    )
     planned(tmp_path)
     known = CostCache(tmp_path).load()
     assert kept.keys() < known.keys()  # masks as bytes have kernels of their own, which come last
@@ -124,19 +127,3 @@ def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cost_cache.default_folder() == tmp_path / ".cache" / "rematerialize"
-
-
-def test_a_run_that_the_machine_held_up_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, took = [0.0], iter([2e-3, 20.0, 1e-3])
-
-    def run() -> torch.Tensor:
-        now[0] += next(took)
-        return torch.zeros(1)
-
-    kernel = Kernel("op", "forward", [], [], [])
-    with monkeypatch.context() as patched:
-        patched.setattr(measure, "_prepare", lambda _kernel: run)
-        patched.setattr(measure.time, "perf_counter", lambda: now[0])
-        measured = measure._time(kernel, 0.02)
-    assert measured == pytest.approx(2e-3)
-    assert next(took, None) is None

@@ -20,7 +20,7 @@ def test_a_tensor_that_dies_while_a_kernel_runs_is_not_what_the_kernel_gives_bac
     kernels = kernels_of(nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 8)), torch.randn(5, 3, 8)).kernels
     quiet = measure.CostModel(0.0)(kernels)
     assert any(cost.transient_bytes for cost in quiet.values())
-    prepare = measure._prepare
+    prepare = measure.prepare_kernel
 
     def littered(kernel: Kernel) -> Callable[[], Any]:
         run = prepare(kernel)
@@ -33,7 +33,7 @@ def test_a_tensor_that_dies_while_a_kernel_runs_is_not_what_the_kernel_gives_bac
 
         return among_new_objects
 
-    monkeypatch.setattr(measure, "_prepare", littered)
+    monkeypatch.setattr(measure, "prepare_kernel", littered)
     noisy = measure.CostModel(0.0)(kernels)
     assert {name: cost.transient_bytes for name, cost in noisy.items()} == {
         name: cost.transient_bytes for name, cost in quiet.items()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import rematerialize as remat
-from rematerialize import measure, prepare
+from rematerialize import measure, prepare, synthetic, timing
 from rematerialize.capture import step as capture_step
 from rematerialize.torch_private import allocation_events
 from tests.twins import (
@@ -243,8 +243,8 @@ PLACES: dict[str, tuple[Any, str]] = {
     "after the trace": (prepare, "normalize"),
     "kernels": (prepare, "group_kernels"),
     "costs": (measure, "_measure"),
-    "a cost": (measure, "_synthetic"),
-    "a time": (measure, "_time"),
+    "a cost": (synthetic, "_synthetic"),
+    "a time": (timing, "_time_in_turns"),
     "solver": (prepare, "Planner"),
     "emission": (prepare, "emit"),
 }

@@ -1,0 +1,110 @@
+"""Times of kernels: measured among their neighbours, with the views that their calls read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rematerialize import timing
+from rematerialize.capture import Kernel, KernelCost
+from rematerialize.emit import emit
+from rematerialize.measure import CostModel
+from rematerialize.prepare import prepare_example
+from rematerialize.runtime import needed_outputs
+from rematerialize.timing import time_kernels
+from rematerialize.views import view_kernels, with_views
+
+
+class Clock:
+    """A clock that kernels advance: each by the seconds that it was given, run after run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+        self.takes: dict[str, Callable[[], float]] = {}
+        monkeypatch.setattr(timing, "prepare_kernel", self.prepare)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def prepare(self, kernel: Kernel) -> Callable[[], None]:
+        def run() -> None:
+            self.log.append(kernel.name)
+            self.now += self.takes[kernel.name]()
+
+        return run
+
+    def times(self, limit_s: float) -> dict[str, float]:
+        found: dict[str, float] = {}
+        kernels = {name: (Kernel(name, "forward", [], [], []), 1.0) for name in self.takes}
+        time_kernels(kernels, limit_s, found.__setitem__)
+        return found
+
+
+def test_neighbours_run_in_turns_and_slow_ones_stop_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.takes = {"short": lambda: 1e-4, "long": lambda: 0.5, "medium": lambda: 0.015}
+    assert clock.times(1000.0) == pytest.approx({"short": 1e-4, "long": 0.5, "medium": 0.015})
+    assert clock.log[:6] == ["short", "long", "medium"] * 2
+    assert clock.log[6:8] == ["short", "medium"]
+    assert clock.log[8:] == ["short"] * 13
+
+
+def test_a_run_that_the_machine_held_up_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    took = iter([2e-3, 20.0, 1e-3])
+    clock.takes = {"op": lambda: next(took)}
+    assert clock.times(1000.0) == pytest.approx({"op": 2e-3})
+    assert next(took, None) is None
+
+
+def test_what_there_is_no_time_for_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_MOST_NEIGHBOURS", 1)
+    clock = Clock(monkeypatch)
+    clock.takes = {"first": lambda: 1.0, "second": lambda: 1.0}
+    assert clock.times(0.5).keys() == {"first"}
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.into(x).view(*x.shape[:2], 2, 24).transpose(1, 2).chunk(3, dim=-1)
+        mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2)).square().mean()
+
+
+@pytest.mark.usefixtures("quick_plans")
+def test_every_view_that_is_emitted_is_counted_once() -> None:
+    prepared = prepare_example(Heads(), (torch.randn(3, 5, 16),))
+    views = view_kernels(prepared.kernels)
+    emitted = emit(prepared.kernels, prepared.planner.store_all(), needed_outputs(prepared.captured.joint))
+    makers = {str(call.target) for kernel in prepared.kernels.kernels for call, _ in kernel.calls}
+    for phase, graph in (("forward", emitted.forward.graph), ("backward", emitted.backward.graph)):
+        rebuilt = [
+            node.target
+            for node in graph.nodes
+            if node.op == "call_function" and "allocating" not in node.meta and str(node.target) not in makers
+        ]
+        counted = [view.head.target for found in views.values() for view in found if view.phase == phase]
+        assert sorted(map(str, counted)) == sorted(map(str, rebuilt))
+        assert rebuilt
+
+
+def test_a_kernel_pays_for_the_views_that_it_reads() -> None:
+    prepared = prepare_example(Heads(), (torch.randn(3, 5, 16),))
+    views = view_kernels(prepared.kernels)
+    alone = CostModel()([each for kernel in prepared.kernels.kernels for each in (*views[kernel.name], kernel)])
+    assert all(
+        alone[view.name].time_s > 0 and not alone[view.name].transient_bytes for v in views.values() for view in v
+    )
+    paid = with_views(alone, views)
+    reading = [name for name in paid if views[name]]
+    assert reading
+    for name, cost in paid.items():
+        assert cost.time_s == alone[name].time_s + sum(alone[view.name].time_s for view in views[name])
+        assert cost.transient_bytes == alone[name].transient_bytes
+    assert with_views({"a": KernelCost(1.0)}, {"a": []}) == {"a": KernelCost(1.0)}
