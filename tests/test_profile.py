@@ -157,7 +157,7 @@ def test_a_time_that_is_far_off_says_what_the_prediction_counts(slower: float, s
     found = profiled()
     measured = Measured(found.activation_peak_bytes, found.timeline.time_s * slower, 1, 1.0)
     rows = dict(replace(found, measured=measured).overview())
-    assert ("of kernels without Python's dispatch" in rows["measured step"]) == says
+    assert ("of kernels and views, without autograd and checks" in rows["measured step"]) == says
     assert "kernels" not in rows["measured activations"]
 
 
