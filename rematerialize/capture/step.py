@@ -160,6 +160,7 @@ def _capture(
         recorder, joint = trace(compiling=False)
     except _NotTracedError:
         compiling = True
+    if compiling:  # not in the handler, or the first error would be the context of another one
         try:
             recorder, joint = trace(compiling=True)
         except _NotTracedError as error:
