@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import gc
 import types
 from collections.abc import Callable
@@ -100,7 +101,56 @@ class OfAWeight(Layers):
         return self.a(x) @ self.state
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    last: Tensor
+
+
+class InANewContainer(Layers):
+    """What the first call makes isn't a place that was there before."""
+
+    make: Callable[[Tensor], Any]
+    read: Callable[[Any], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state is None:
+            self.state = type(self).make(x.detach())
+        return self.a(x) * type(self).read(self.state)
+
+
+class InATuple(InANewContainer):
+    make = staticmethod(lambda h: (1, h.mean()))
+    read = staticmethod(lambda state: state[1])
+
+
+class InADict(InANewContainer):
+    make = staticmethod(lambda h: {"seen": [h.mean()]})
+    read = staticmethod(lambda state: state.get("seen")[0])
+
+
+class InARecord(InANewContainer):
+    make = staticmethod(lambda h: Pair(h.mean()))
+    read = staticmethod(lambda state: state.last)
+
+
+class InAListOfRecords(InANewContainer):
+    make = staticmethod(lambda h: [types.SimpleNamespace(last=h.mean())])
+    read = staticmethod(lambda state: state[0].last)
+
+
+class ToldByAFlag(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.state, self.ready = (x.detach().mean(),), True
+        return self.a(x) * self.state[0]
+
+
 STATEFUL = [Hidden, Remembered, Queued, ByName, OnARecord, DrawnOnce, OfAWeight]
+STATEFUL += [InATuple, InADict, InARecord, InAListOfRecords, ToldByAFlag]
 
 
 def shown(value: Any) -> Any:
@@ -145,6 +195,13 @@ class Logged(Layers):
         return self.b(self.state + h)
 
 
+class LoggedInATuple(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        self.state = {"h": (h.detach(), 1)}
+        return self.b(self.state["h"][0] + h)
+
+
 class OfABuffer(Layers):
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +213,15 @@ class OfABuffer(Layers):
         return self.a(x) * self.state
 
 
-@pytest.mark.parametrize("kind", [Logged, OfABuffer])
+class TupleOfABuffer(OfABuffer):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state is None:
+            self.state = self.frequencies.cos(), self.frequencies.sin()
+        cos, sin = self.state
+        return self.a(x) * cos + sin
+
+
+@pytest.mark.parametrize("kind", [Logged, LoggedInATuple, OfABuffer, TupleOfABuffer])
 def test_what_is_left_and_read_in_the_same_call_and_caches_of_constants_are_planned(kind: type[Layers]) -> None:
     eager, ours = twins(kind)
     at_minimum(ours, batch())

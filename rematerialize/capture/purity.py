@@ -8,6 +8,7 @@ would silently be missed: they are refused.
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import random
@@ -135,7 +136,7 @@ def logs_of(places: Iterable[tuple[str, Any, str]]) -> list[Holder]:
 
 
 Values: TypeAlias = dict[tuple[int, Any], Any]
-"""Plain values, by the number of the holder where they stand and the key."""
+"""Values, by the number of the holder where they stand and the key."""
 
 
 @dataclass(slots=True)
@@ -147,14 +148,17 @@ class Left:
     values : Values
         Plain values other than it found there.
     tensors : dict
-        Where it left tensors, by the holder's number and the key: what they were computed from, as ``origins`` tells;
-        None where it can't be known.
+        Where it left tensors, or new containers and records of them, by the holder's number and the key: what they
+        were computed from, as ``origins`` tells; None where it can't be known.
+    tripwires : Values
+        The same, with what refuses every use in the place of each tensor.
     objects : bool
         Whether it left anything else: containers, functions, objects.
     """
 
     values: Values = field(default_factory=dict)
     tensors: dict[tuple[int, Any], Set[int] | None] = field(default_factory=dict)
+    tripwires: Values = field(default_factory=dict)
     objects: bool = False
 
 
@@ -176,8 +180,8 @@ class unchanged_python:
         Ids of the tensors that the step is given: a list of weights is no loss.
     start : Values, optional
         What an earlier call left. This one finds it there, and must leave it: what moves on is a counter.
-    poisoned : collection
-        Keys as in ``Left.tensors``: whatever reads there what the last call left is refused.
+    poisoned : Values, optional
+        Some of another call's ``Left.tripwires``: whatever reads there what that call left is refused.
     """
 
     def __init__(
@@ -190,7 +194,7 @@ class unchanged_python:
         read: Container[str] = (),
         given: Container[int] = (),
         start: Values | None = None,
-        poisoned: Iterable[tuple[int, Any]] = (),
+        poisoned: Values | None = None,
     ) -> None:
         self.holders = holders
         self.caches = caches
@@ -199,14 +203,14 @@ class unchanged_python:
         self.read = read
         self.given = given
         self.start = start or {}
-        self.poisoned = poisoned
+        self.poisoned = poisoned or {}
 
     def __enter__(self) -> None:
         self.before = contents(self.holders)
         self.tables = [[dict(h.table[t]) for t in _TABLES] if h.module is not None else [] for h in self.holders]
         put(self.holders, self.start)
-        for index, key in self.poisoned:
-            _put(self.holders[index].table, key, _LeftBehind.under(self.holders[index].name_of(key)))
+        for (index, key), tripwire in self.poisoned.items():
+            _put(self.holders[index].table, key, tripwire)
         self.random = random.getstate()
         numpy = sys.modules.get("numpy")
         self.numpy = numpy.random.get_state() if numpy is not None else None
@@ -216,7 +220,7 @@ class unchanged_python:
         self.caches.forget()
         found = self._restore_generators()
         made: list[str] = []
-        self.left.values, self.left.tensors, self.left.objects = {}, {}, False
+        self.left.values, self.left.tensors, self.left.tripwires, self.left.objects = {}, {}, {}, False
         for index, holder in enumerate(self.holders):
             made += self._made(index, holder)
             found += self._moved(index, holder)
@@ -261,14 +265,19 @@ class unchanged_python:
         for key, now in _entries(holder.table):
             if isinstance(now, (_LeftBehind, *_PLAIN)) or id(now) in known:
                 continue
+            if now is self.poisoned.get((index, key)) or (holder.module is not None and key in _TABLES):
+                continue
             if not isinstance(now, Tensor):
-                if not (holder.module is not None and key in _TABLES):
-                    self.left.objects = True
                 if isinstance(now, list | tuple | dict) and any(
-                    isinstance(value, Tensor) and value.requires_grad and id(value) not in self.given
+                    isinstance(value, Tensor)
+                    and not isinstance(value, _LeftBehind)
+                    and value.requires_grad
+                    and id(value) not in self.given
                     for value in _flat(now)
                 ):
                     lost.append(holder.name_of(key))
+                elif isinstance(holder.table, set) or not self._noted((index, key), now):
+                    self.left.objects = True
                 continue
             before = _entry(self.before[index], key)
             derived = isinstance(before, Tensor) and before.grad_fn is not None  # weight_norm's weight
@@ -277,8 +286,19 @@ class unchanged_python:
             if now.requires_grad:
                 lost.append(holder.name_of(key))
             elif not isinstance(holder.table, set):
-                self.left.tensors[index, key] = self.origins(now)
+                self._noted((index, key), now)
         return lost
+
+    def _noted(self, place: tuple[int, Any], value: Any) -> bool:
+        """Note what the tensors of a value were computed from; returns whether it is one or has any."""
+        tensors: list[Tensor] = []
+        tripwire = _tripwire(value, self.holders[place[0]].name_of(place[1]), tensors)
+        if tensors:
+            origins = [self.origins(tensor) for tensor in tensors]
+            known = [found for found in origins if found is not None]
+            self.left.tensors[place] = frozenset().union(*known) if len(known) == len(origins) else None
+            self.left.tripwires[place] = tripwire
+        return bool(tensors)
 
     def _restore_generators(self) -> list[str]:
         found = []
@@ -312,6 +332,23 @@ class _LeftBehind(Tensor):
     ) -> Any:
         place = next((str(vars(a)["_place"]) for a in _flat((*args, kwargs)) if isinstance(a, cls)), "an attribute")
         raise CaptureError(_KEPT.format(name=repr(place), last=place.rpartition(".")[2].partition("[")[0]))
+
+
+def _tripwire(value: Any, place: str, tensors: list[Tensor], depth: int = 0) -> Any:
+    """Return a copy of what a call left with tripwires in the place of its tensors, which are added to ``tensors``."""
+    made = []
+    leaves, spec = private.tree_flatten(value)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            if not isinstance(leaf, _LeftBehind):
+                tensors.append(leaf)
+                leaf = _LeftBehind.under(place)
+        elif depth < _DEPTH and not isinstance(leaf, nn.Module) and _is_record(leaf):
+            fields = {name: _tripwire(field, place, tensors, depth + 1) for name, field in vars(leaf).items()}
+            leaf = copy.copy(leaf)
+            vars(leaf).update(fields)
+        made.append(leaf)
+    return private.tree_unflatten(made, spec)
 
 
 def _flat(values: Any) -> Iterable[Any]:

@@ -52,7 +52,7 @@ class Recorder:
         inputs: FlatInputs,
         slots: tuple[TensorSlot, ...],
         calls: watched_calls,
-        poisoned: frozenset[tuple[int, Any]],
+        poisoned: Values | None,
         start: Values | None,
     ) -> None:
         self.calls = calls

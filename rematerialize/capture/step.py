@@ -170,7 +170,8 @@ def _capture(
     settles = False
     if written or lasting:
         try:
-            _, again = trace(compiling=compiling, poisoned=written, start=lasting)
+            tripwires = {place: recorder.left.tripwires[place] for place in written}
+            _, again = trace(compiling=compiling, poisoned=tripwires, start=lasting)
         except _NotTracedError as error:
             raise error.told from error.__cause__
         settles = _alike(joint, again)
@@ -203,7 +204,7 @@ def _traced(
     split_recurrences: bool,
     *,
     compiling: bool,
-    poisoned: frozenset[tuple[int, Any]] = frozenset(),
+    poisoned: Values | None = None,
     start: Values | None = None,
 ) -> tuple[Recorder, private.JointTrace]:
     recorder = Recorder(model, forward, inputs, slots, watched_calls(split_recurrences), poisoned, start)
