@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import gc
 import types
 from collections.abc import Callable
@@ -138,6 +139,37 @@ class InAListOfRecords(InANewContainer):
     read = staticmethod(lambda state: state[0].last)
 
 
+class Slots:
+    __slots__ = ("last",)
+
+    def __init__(self, last: Tensor) -> None:
+        self.last = last
+
+
+class InSlots(InANewContainer):
+    make = staticmethod(lambda h: Slots(h.mean()))
+    read = staticmethod(lambda state: state.last)
+
+
+class InAClosure(InANewContainer):
+    @staticmethod
+    def make(h: Tensor) -> Any:
+        mean = h.mean()
+        return lambda: mean
+
+    read = staticmethod(lambda state: state())
+
+
+class InAPartial(InANewContainer):
+    make = staticmethod(lambda h: functools.partial(torch.add, h.mean(), 1))
+    read = staticmethod(lambda state: state())
+
+
+class InAnIterator(InANewContainer):
+    make = staticmethod(lambda h: iter([h.mean()] * 9))
+    read = staticmethod(lambda state: next(state))
+
+
 class ToldByAFlag(Layers):
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +182,7 @@ class ToldByAFlag(Layers):
 
 
 STATEFUL = [Hidden, Remembered, Queued, ByName, OnARecord, DrawnOnce, OfAWeight]
-STATEFUL += [InATuple, InADict, InARecord, InAListOfRecords, ToldByAFlag]
+STATEFUL += [InATuple, InADict, InARecord, InAListOfRecords, ToldByAFlag, InSlots, InAClosure, InAPartial, InAnIterator]
 
 
 def shown(value: Any) -> Any:
@@ -167,6 +199,49 @@ def test_a_tensor_that_the_next_call_reads_is_refused_by_name(kind: type[Layers]
         remat.wrap(model, activation_budget="100%")(batch())
     assert [str(shown(model.state)), str(model.memory)] == before
     step_of(remat.unwrap(model), batch())
+
+
+@functools.lru_cache(maxsize=4)
+def drawn(size: int) -> Tensor:
+    return torch.rand(size)
+
+
+@functools.lru_cache(maxsize=4)
+def counted(size: int) -> Tensor:
+    return torch.arange(size) / size
+
+
+class InAFunctionsCache(Layers):
+    def __init__(self, function: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * self.function(16)
+
+
+def test_what_a_functions_cache_keeps_of_a_draw_is_refused_and_constants_are_planned() -> None:
+    with pytest.raises(remat.CaptureError, match=r"drawn in the cache of drawn\(\) \(functools.lru_cache"):
+        remat.wrap(InAFunctionsCache(drawn), activation_budget="100%")(batch())
+    eager, ours = twins(lambda: InAFunctionsCache(counted))
+    at_minimum(ours, batch())
+    for turn in range(2):
+        assert_same_step(step_of(eager, batch(turn)), step_of(ours, batch(turn)))
+
+
+class OnAParameter(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.b.weight
+        if not hasattr(weight, "seen"):
+            weight.seen = x.detach().mean()
+        return self.a(x) * weight.seen
+
+
+def test_what_a_forward_leaves_on_a_parameter_and_reads_is_refused() -> None:
+    model = OnAParameter()
+    with pytest.raises(remat.CaptureError, match=r"leaves 'seen' on 'b.weight', which a planned step can't repeat"):
+        remat.wrap(model, activation_budget="100%")(batch())
+    assert not hasattr(model.b.weight, "seen")
 
 
 def test_one_that_was_there_before_planning_is_refused_too() -> None:

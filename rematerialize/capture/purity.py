@@ -29,6 +29,7 @@ from rematerialize.python_code import RECORDS, own
 _LIBRARIES = ("torch", "sympy", "numpy", "rematerialize")
 _PLAIN = (int, float, bool, str, complex, type(None))
 _CONTAINERS = (list, dict, set, deque)
+_CODE = (*_PLAIN, type, types.ModuleType, types.CodeType, nn.Module)  # hold no values of a call's
 _TABLES = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()
 _DEPTH = 4  # of containers and records within those of a module
@@ -65,11 +66,14 @@ class FunctionCaches:
         """Remember how often each was missed so far."""
         self.misses = [function.cache_info().misses for function in self.functions]
 
-    def forget(self) -> None:
-        """Clear those that were missed since."""
+    def forget(self) -> dict[str, list[Tensor]]:
+        """Clear those that were missed since; returns their names, with the tensors that they held."""
+        held = {}
         for function, misses in zip(self.functions, self.misses, strict=True):
             if function.cache_info().misses != misses:
+                held[getattr(function, "__name__", "a function")] = [*_within(function, set())]
                 function.cache_clear()
+        return held
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,8 @@ class Left:
         were computed from, as ``origins`` tells; None where it can't be known.
     tripwires : Values
         The same, with what refuses every use in the place of each tensor.
+    cached : dict
+        Names of ``functools.lru_cache`` functions that it filled, with the origins of the tensors there.
     objects : bool
         Whether it left anything else: containers, functions, objects.
     """
@@ -159,6 +165,7 @@ class Left:
     values: Values = field(default_factory=dict)
     tensors: dict[tuple[int, Any], Set[int] | None] = field(default_factory=dict)
     tripwires: Values = field(default_factory=dict)
+    cached: dict[str, Set[int] | None] = field(default_factory=dict)
     objects: bool = False
 
 
@@ -217,10 +224,11 @@ class unchanged_python:
         self.caches.note()
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self.caches.forget()
+        cached = self.caches.forget()
         found = self._restore_generators()
         made: list[str] = []
         self.left.values, self.left.tensors, self.left.tripwires, self.left.objects = {}, {}, {}, False
+        self.left.cached = {name: self._origins(tensors) for name, tensors in cached.items()}
         for index, holder in enumerate(self.holders):
             made += self._made(index, holder)
             found += self._moved(index, holder)
@@ -294,11 +302,14 @@ class unchanged_python:
         tensors: list[Tensor] = []
         tripwire = _tripwire(value, self.holders[place[0]].name_of(place[1]), tensors)
         if tensors:
-            origins = [self.origins(tensor) for tensor in tensors]
-            known = [found for found in origins if found is not None]
-            self.left.tensors[place] = frozenset().union(*known) if len(known) == len(origins) else None
+            self.left.tensors[place] = self._origins(tensors)
             self.left.tripwires[place] = tripwire
         return bool(tensors)
+
+    def _origins(self, tensors: Sequence[Tensor]) -> Set[int] | None:
+        origins = [self.origins(tensor) for tensor in tensors]
+        known = [found for found in origins if found is not None]
+        return frozenset().union(*known) if len(known) == len(origins) else None
 
     def _restore_generators(self) -> list[str]:
         found = []
@@ -331,7 +342,20 @@ class _LeftBehind(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         place = next((str(vars(a)["_place"]) for a in _flat((*args, kwargs)) if isinstance(a, cls)), "an attribute")
-        raise CaptureError(_KEPT.format(name=repr(place), last=place.rpartition(".")[2].partition("[")[0]))
+        raise _kept(place)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # where it stands for a function
+        raise _kept(self._place)
+
+    def __next__(self) -> Any:
+        raise _kept(self._place)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name) if name.startswith("_") else _kept(self._place)
+
+
+def _kept(place: str) -> CaptureError:
+    return CaptureError(_KEPT.format(name=repr(place), last=place.rpartition(".")[2].partition("[")[0]))
 
 
 def _tripwire(value: Any, place: str, tensors: list[Tensor], depth: int = 0) -> Any:
@@ -347,8 +371,27 @@ def _tripwire(value: Any, place: str, tensors: list[Tensor], depth: int = 0) -> 
             fields = {name: _tripwire(field, place, tensors, depth + 1) for name, field in vars(leaf).items()}
             leaf = copy.copy(leaf)
             vars(leaf).update(fields)
+        elif held := [*_within(leaf, set())]:
+            tensors += held
+            leaf = _LeftBehind.under(place)
         made.append(leaf)
     return private.tree_unflatten(made, spec)
+
+
+def _within(value: Any, seen: set[int], depth: int = 0) -> Iterable[Tensor]:
+    """The tensors that an object of any other kind holds: a function by its closure, an iterator, one with slots."""
+    if isinstance(value, Tensor):
+        if not isinstance(value, _LeftBehind):
+            yield value
+        return
+    large = isinstance(value, _CONTAINERS) and len(value) > _MANY
+    if depth > _DEPTH or large or id(value) in seen or isinstance(value, _CODE):
+        return
+    seen.add(id(value))
+    names = value.__globals__ if isinstance(value, types.FunctionType) else None
+    for inner in gc.get_referents(value):
+        if inner is not names:
+            yield from _within(inner, seen, depth + 1)
 
 
 def _flat(values: Any) -> Iterable[Any]:

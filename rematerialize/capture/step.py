@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -255,9 +255,16 @@ def _left_of_data(left: Left, joint: private.JointTrace, slots: Sequence[TensorS
     def constant(primal: int) -> bool:
         return 0 <= primal < len(slots) and primal not in written and not slots[primal].read().requires_grad
 
-    return frozenset(
-        place for place, origins in left.tensors.items() if origins is None or not all(map(constant, origins))
-    )
+    def of_data(origins: Set[int] | None) -> bool:
+        return origins is None or not all(map(constant, origins))
+
+    for name, origins in left.cached.items():
+        if of_data(origins):
+            raise CaptureError(
+                f"the forward keeps tensors that follow from data or are drawn in the cache of {name}() "
+                "(functools.lru_cache), which a planned step doesn't fill: call it outside, and pass in what it returns"
+            )
+    return frozenset(place for place, origins in left.tensors.items() if of_data(origins))
 
 
 def _tell_of_hooks(model: nn.Module) -> None:
