@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import functools
 import gc
@@ -616,6 +617,33 @@ def test_a_weight_that_is_used_outside_of_the_step_too_has_a_sum_in_another_orde
         assert ours is not None
         assert eagers is not None
         torch.testing.assert_close(ours, eagers, rtol=1e-5, atol=1e-5)
+
+
+class Product(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x).tanh() * self.b(x) * x
+
+
+class Residual(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Product()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.a(x).tanh()
+        return features + self.inner(features)
+
+
+def test_an_input_that_is_used_outside_of_the_step_too_has_a_sum_in_another_order() -> None:
+    eager, part = twins(Residual)
+    store_all(part.inner)
+    whole = store_all(copy.deepcopy(eager))
+    steps = [step_of(model, batch()) for model in (eager, part, whole)]
+    assert_same_step(steps[0], steps[2])
+    for model in (part, whole):
+        for ours, eagers in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, eagers.grad, rtol=1e-5, atol=1e-5)
+    assert torch.equal(part.inner.a.weight.grad, eager.inner.a.weight.grad)  # the rest is eager's
 
 
 class Tokens(Layers):
