@@ -415,7 +415,7 @@ def check_model(model: object, device: str | None = None) -> nn.Module:
     if lazy is not None:
         raise RematerializeError(
             f"{lazy!r} has no shape before the model has run (a Lazy layer's): call the model once, under "
-            "torch.no_grad(), before"
+            "torch.no_grad(), before it is wrapped or planned"
         )
     if not model.training:
         raise RematerializeError("the model is in eval mode, where nothing is kept: call model.train() first")

@@ -29,7 +29,9 @@ def signature(model: nn.Module, inputs: FlatInputs) -> tuple[Hashable, PythonSta
     except KeyError:
         refuse_drivers(model)  # parts that torch.jit made have no table of their own
         raise
-    layouts = [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.is_conj(), t.is_neg()) for t in tensors]
+    layouts = [
+        (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.is_leaf, t.is_conj(), t.is_neg()) for t in tensors
+    ]
     constants = [leaf if isinstance(leaf, Hole) else fingerprint(leaf) for leaf in inputs.leaves]
     # Of inputs only: libraries mark parameters in their own ways.
     marks = tuple([(at, fingerprint(vars(t))) for at, t in enumerate(inputs.tensors) if vars(t)])

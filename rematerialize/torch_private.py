@@ -99,9 +99,10 @@ class JointTrace:
 
     ``tangents[k]`` pairs the k-th tangent placeholder with the position of its output among ``outputs``
     (user outputs, then intermediate bases). ``mutations`` pairs primal positions with the nodes of their
-    new values, ``gradients[i]`` belongs to primal ``i``. Where there are several tangents, a backward node's
-    ``meta["reached_by"]`` has the positions of those that autograd runs it for. ``tellers`` are the users' functions
-    that tell absent gradients from zeros: for each of their outputs the tangents that reach it.
+    new values, ``gradients[i]`` belongs to primal ``i``, whose ``meta["goes_on"]`` tells whether autograd goes on
+    behind it. Where there are several tangents, a backward node's ``meta["reached_by"]`` has the positions of those
+    that autograd runs it for. ``tellers`` are the users' functions that tell absent gradients from zeros: for each of
+    their outputs the tangents that reach it.
     """
 
     graph: fx.Graph
@@ -639,6 +640,8 @@ def trace_joint(
         FakeTensorMode.cache_clear()
         joint = aot_export_joint_with_descriptors(stack, _FlatModule(function), tuple(primals), {})
         traced = _read_joint(joint, len(primals))
+        for node, primal in zip(traced.primals, primals, strict=True):
+            node.meta["goes_on"] = not primal.is_leaf
         if len(traced.tangents) > 1:
             _tell_reach(traced, reach.nodes)
         _forget_real_tensors(traced)

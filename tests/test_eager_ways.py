@@ -85,6 +85,18 @@ def test_a_branch_on_other_values_is_refused(look: Callable[[Tensor], Any]) -> N
         prepare(model, model.forward, bind_inputs(model.forward, (x,)))
 
 
+def test_a_look_in_a_handler_is_told_as_what_it_was_to_handle() -> None:
+    def look(x: Tensor) -> Any:
+        try:
+            return torch.bincount(x.detach().argmax(1)).shape[0] > 1
+        except RuntimeError as error:
+            raise ValueError(f"up to {int(x.argmax())}") from error
+
+    model, x = Branching(look), torch.randn(4, SIZE)
+    with pytest.raises(remat.CaptureError, match=r"x\.detach\(\)\.argmax\(1\).*aten\.bincount.*index_add"):
+        prepare(model, model.forward, bind_inputs(model.forward, (x,)))
+
+
 def test_where_eagers_way_can_not_be_traced_the_one_for_compilers_is() -> None:
     def look(x: Tensor) -> Any:
         return torch.compiler.is_compiling() or (x.detach() > -9).all()

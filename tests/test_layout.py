@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from rematerialize import wrap
 from rematerialize.prepare import PreparedStep, bind_inputs, prepare
 from rematerialize.torch_private import storage_key
-from tests.twins import check_steps
+from tests.twins import assert_same_step, at_minimum, check_steps, plans_of, step_of, twins
 
 pytestmark = pytest.mark.usefixtures("quick_plans")
 
@@ -124,3 +126,57 @@ def test_a_gradient_of_one_channel_goes_on_in_the_memory_format_in_which_it_arri
 
     x = torch.randn(1, 3, 14, 16).to(memory_format=torch.channels_last)
     check_steps(lambda: Upscaled().to(memory_format=torch.channels_last), x)
+
+
+def test_a_weights_gradient_is_adopted_whatever_the_strides_of_dimensions_of_one_element() -> None:
+    class DepthWise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.filters = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.filters(self.layer(x).contiguous(memory_format=torch.channels_last)) * 2
+
+    eager, ours = twins(DepthWise)
+    x = torch.randn(2, 3, 6, 6)
+    at_minimum(ours, x)
+    assert_same_step(step_of(eager, x), step_of(ours, x))
+    assert ours.filters.weight.grad.stride() == eager.filters.weight.grad.stride() == (9, 1, 3, 1)
+
+
+HEADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "expanded": lambda x, weight: x.sum(-1) * weight[0, 0],
+    "expanded tangent": lambda x, weight: x.sum(-1) + weight.sum(),
+    "gaps": lambda x, weight: torch.cat([x, weight.expand(x.shape[0], -1, -1)], 1).tanh(),
+    "tangent with gaps": lambda x, weight: torch.cat([x, weight.expand(x.shape[0], -1, -1)], 1),
+    "permuted": lambda x, weight: F.conv1d(x.transpose(1, 2), weight[:, :, None]).tanh(),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_gradient_of_an_input_that_was_computed_goes_on_in_eagers_layout(head: str) -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(37, 37))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return HEADS[head](x, self.weight)
+
+    eager, ours = twins(Head)
+    features, x = nn.Linear(7, 37), torch.randn(19, 101, 7)
+    at_minimum(ours, features(x))
+    found = []
+    for model in (eager, ours):
+        strides: list[tuple[int, ...]] = []
+        torch.manual_seed(0)
+        given = features(x)
+        given.register_hook(lambda gradient, strides=strides: strides.append(gradient.stride()))
+        output = model(given)
+        (output * torch.randn(output.shape)).square().mean().backward()
+        found.append((strides, features.weight.grad, features.bias.grad, model.weight.grad))
+        features.zero_grad()
+    (one, *theirs), (other, *our) = found
+    assert one == other
+    assert all(torch.equal(a, b) for a, b in zip(theirs, our, strict=True))
+    assert len(plans_of(ours)) == 1

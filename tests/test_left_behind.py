@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import collections
+import copy
+import dataclasses
+import functools
 import gc
 import types
 from collections.abc import Callable
@@ -100,7 +103,87 @@ class OfAWeight(Layers):
         return self.a(x) @ self.state
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    last: Tensor
+
+
+class InANewContainer(Layers):
+    """What the first call makes isn't a place that was there before."""
+
+    make: Callable[[Tensor], Any]
+    read: Callable[[Any], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state is None:
+            self.state = type(self).make(x.detach())
+        return self.a(x) * type(self).read(self.state)
+
+
+class InATuple(InANewContainer):
+    make = staticmethod(lambda h: (1, h.mean()))
+    read = staticmethod(lambda state: state[1])
+
+
+class InADict(InANewContainer):
+    make = staticmethod(lambda h: {"seen": [h.mean()]})
+    read = staticmethod(lambda state: state.get("seen")[0])
+
+
+class InARecord(InANewContainer):
+    make = staticmethod(lambda h: Pair(h.mean()))
+    read = staticmethod(lambda state: state.last)
+
+
+class InAListOfRecords(InANewContainer):
+    make = staticmethod(lambda h: [types.SimpleNamespace(last=h.mean())])
+    read = staticmethod(lambda state: state[0].last)
+
+
+class Slots:
+    __slots__ = ("last",)
+
+    def __init__(self, last: Tensor) -> None:
+        self.last = last
+
+
+class InSlots(InANewContainer):
+    make = staticmethod(lambda h: Slots(h.mean()))
+    read = staticmethod(lambda state: state.last)
+
+
+class InAClosure(InANewContainer):
+    @staticmethod
+    def make(h: Tensor) -> Any:
+        mean = h.mean()
+        return lambda: mean
+
+    read = staticmethod(lambda state: state())
+
+
+class InAPartial(InANewContainer):
+    make = staticmethod(lambda h: functools.partial(torch.add, h.mean(), 1))
+    read = staticmethod(lambda state: state())
+
+
+class InAnIterator(InANewContainer):
+    make = staticmethod(lambda h: iter([h.mean()] * 9))
+    read = staticmethod(lambda state: next(state))
+
+
+class ToldByAFlag(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.state, self.ready = (x.detach().mean(),), True
+        return self.a(x) * self.state[0]
+
+
 STATEFUL = [Hidden, Remembered, Queued, ByName, OnARecord, DrawnOnce, OfAWeight]
+STATEFUL += [InATuple, InADict, InARecord, InAListOfRecords, ToldByAFlag, InSlots, InAClosure, InAPartial, InAnIterator]
 
 
 def shown(value: Any) -> Any:
@@ -117,6 +200,49 @@ def test_a_tensor_that_the_next_call_reads_is_refused_by_name(kind: type[Layers]
         remat.wrap(model, activation_budget="100%")(batch())
     assert [str(shown(model.state)), str(model.memory)] == before
     step_of(remat.unwrap(model), batch())
+
+
+@functools.lru_cache(maxsize=4)
+def drawn(size: int) -> Tensor:
+    return torch.rand(size)
+
+
+@functools.lru_cache(maxsize=4)
+def counted(size: int) -> Tensor:
+    return torch.arange(size) / size
+
+
+class InAFunctionsCache(Layers):
+    def __init__(self, function: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * self.function(16)
+
+
+def test_what_a_functions_cache_keeps_of_a_draw_is_refused_and_constants_are_planned() -> None:
+    with pytest.raises(remat.CaptureError, match=r"drawn in the cache of drawn\(\) \(functools.lru_cache"):
+        remat.wrap(InAFunctionsCache(drawn), activation_budget="100%")(batch())
+    eager, ours = twins(lambda: InAFunctionsCache(counted))
+    at_minimum(ours, batch())
+    for turn in range(2):
+        assert_same_step(step_of(eager, batch(turn)), step_of(ours, batch(turn)))
+
+
+class OnAParameter(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.b.weight
+        if not hasattr(weight, "seen"):
+            weight.seen = x.detach().mean()
+        return self.a(x) * weight.seen
+
+
+def test_what_a_forward_leaves_on_a_parameter_and_reads_is_refused() -> None:
+    model = OnAParameter()
+    with pytest.raises(remat.CaptureError, match=r"leaves 'seen' on 'b.weight', which a planned step can't repeat"):
+        remat.wrap(model, activation_budget="100%")(batch())
+    assert not hasattr(model.b.weight, "seen")
 
 
 def test_one_that_was_there_before_planning_is_refused_too() -> None:
@@ -145,6 +271,13 @@ class Logged(Layers):
         return self.b(self.state + h)
 
 
+class LoggedInATuple(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        self.state = {"h": (h.detach(), 1)}
+        return self.b(self.state["h"][0] + h)
+
+
 class OfABuffer(Layers):
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +289,15 @@ class OfABuffer(Layers):
         return self.a(x) * self.state
 
 
-@pytest.mark.parametrize("kind", [Logged, OfABuffer])
+class TupleOfABuffer(OfABuffer):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state is None:
+            self.state = self.frequencies.cos(), self.frequencies.sin()
+        cos, sin = self.state
+        return self.a(x) * cos + sin
+
+
+@pytest.mark.parametrize("kind", [Logged, LoggedInATuple, OfABuffer, TupleOfABuffer])
 def test_what_is_left_and_read_in_the_same_call_and_caches_of_constants_are_planned(kind: type[Layers]) -> None:
     eager, ours = twins(kind)
     at_minimum(ours, batch())
@@ -476,6 +617,33 @@ def test_a_weight_that_is_used_outside_of_the_step_too_has_a_sum_in_another_orde
         assert ours is not None
         assert eagers is not None
         torch.testing.assert_close(ours, eagers, rtol=1e-5, atol=1e-5)
+
+
+class Product(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x).tanh() * self.b(x) * x
+
+
+class Residual(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Product()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.a(x).tanh()
+        return features + self.inner(features)
+
+
+def test_an_input_that_is_used_outside_of_the_step_too_has_a_sum_in_another_order() -> None:
+    eager, part = twins(Residual)
+    store_all(part.inner)
+    whole = store_all(copy.deepcopy(eager))
+    steps = [step_of(model, batch()) for model in (eager, part, whole)]
+    assert_same_step(steps[0], steps[2])
+    for model in (part, whole):
+        for ours, eagers in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, eagers.grad, rtol=1e-5, atol=1e-5)
+    assert torch.equal(part.inner.a.weight.grad, eager.inner.a.weight.grad)  # the rest is eager's
 
 
 class Tokens(Layers):

@@ -69,6 +69,7 @@ _TOLD = (
 
 def explain(error: Exception, *, in_backward: bool) -> CaptureError:
     """One sentence for whatever the trace raised: what, where in the user's code, what to do."""
+    error = _first_look(error)
     where = _user_frame(error)
     place = f" at {where}" if where else ""
     name = type(error).__name__
@@ -101,6 +102,16 @@ def explain(error: Exception, *, in_backward: bool) -> CaptureError:
             return CaptureError(told.format(place=place))
     stage = "backward" if in_backward else "forward"
     return CaptureError(f"the model's {stage} raised {name}{place} during capture: {text[:300]}")
+
+
+def _first_look(error: Exception) -> Exception:
+    """Where a handler looked at values, too, before it would have raised again: what it was to handle."""
+    first, seen = error, error.__context__
+    while seen is not None:
+        if isinstance(seen, Exception) and type(seen).__name__ in _DATA_DEPENDENT:
+            first = seen
+        seen = seen.__context__
+    return first
 
 
 def _user_frame(error: BaseException) -> str:

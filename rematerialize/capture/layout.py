@@ -26,9 +26,14 @@ _UNSAFE_SPLITS = frozenset({aten.unsafe_split.Tensor, aten.unsafe_split_with_siz
 
 
 def lay_out(value: Tensor, size: list[int], stride: list[int]) -> Tensor:
-    """A copy of a tensor that owns its storage, in a given layout."""
+    """A copy of a tensor that owns its storage, in a given layout; along a stride of zero it has one element."""
     fresh = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
-    return fresh.copy_(value)
+    written = fresh
+    for dim, step in enumerate(stride):
+        if step == 0 and size[dim] > 1:
+            written, value = written.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+    written.copy_(value)
+    return fresh
 
 
 def part_tangents(graph: fx.Graph, primals: Iterable[fx.Node], tangents: Iterable[fx.Node]) -> None:

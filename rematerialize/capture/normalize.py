@@ -19,6 +19,7 @@ from rematerialize.capture.eager_paths import take_eager_paths
 from rematerialize.capture.layout import eager_layouts, lay_out, part_tangents
 from rematerialize.capture.random import fill_in_eager_layout
 from rematerialize.capture.scatter import write_through_scatters
+from rematerialize.capture.strides import is_apart, laid_alike
 
 aten = torch.ops.aten
 
@@ -257,7 +258,11 @@ def _write_mutations(
 
 
 def _own_gradients(joint: private.JointTrace) -> tuple[fx.Node | None, ...]:
-    """Gradients that autograd adopts as they are: otherwise it clones them behind the plan's back."""
+    """Gradients that autograd adopts as they are: otherwise it clones them behind the plan's back.
+
+    Those of inputs that were computed outside go on there, and kernels round by layouts: they keep the trace's, be it
+    expanded or with gaps.
+    """
     graph = joint.graph
     aliases = find_aliases(graph)
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
@@ -270,18 +275,17 @@ def _own_gradients(joint: private.JointTrace) -> tuple[fx.Node | None, ...]:
         name = aliases.single(gradient)
         like, value = primal.meta["val"], gradient.meta["val"]
         origin = aliases.origin[name]
-        adopted = (
-            name not in taken
-            and origin.op == "call_function"
-            and phase_of(origin) == "backward"
-            and value.stride() == like.stride()
-            and value.numel() * value.element_size() == aliases.size_bytes[name]
-        )
+        goes_on = primal.meta["goes_on"]
+        made = name not in taken and origin.op == "call_function" and phase_of(origin) == "backward"
+        whole = value.numel() * value.element_size() == aliases.size_bytes[name]
+        adopted = made and (goes_on or (whole and laid_alike(value.stride(), like)))  # what AccumulateGrad asks for
         if not adopted:
+            kept = goes_on and is_apart(value.stride(), value.shape)
+            strides = list(value.stride()) if kept else _dense_strides(like)
             with graph.inserting_before(output):
-                copy = graph.call_function(lay_out, (gradient, list(value.shape), _dense_strides(like)))
+                copy = graph.call_function(lay_out, (gradient, list(value.shape), strides))
             with value.fake_mode:
-                _tag_like(copy, gradient, lay_out(value, list(value.shape), _dense_strides(like)))
+                _tag_like(copy, gradient, lay_out(value, list(value.shape), strides))
             copy.meta["partitioner_tag"] = "is_backward"
             gradient = copy
         else:

@@ -8,6 +8,7 @@ would silently be missed: they are refused.
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import random
@@ -28,6 +29,7 @@ from rematerialize.python_code import RECORDS, own
 _LIBRARIES = ("torch", "sympy", "numpy", "rematerialize")
 _PLAIN = (int, float, bool, str, complex, type(None))
 _CONTAINERS = (list, dict, set, deque)
+_CODE = (*_PLAIN, type, types.ModuleType, types.CodeType, nn.Module)  # hold no values of a call's
 _TABLES = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()
 _DEPTH = 4  # of containers and records within those of a module
@@ -64,11 +66,14 @@ class FunctionCaches:
         """Remember how often each was missed so far."""
         self.misses = [function.cache_info().misses for function in self.functions]
 
-    def forget(self) -> None:
-        """Clear those that were missed since."""
+    def forget(self) -> dict[str, list[Tensor]]:
+        """Clear those that were missed since; returns their names, with the tensors that they held."""
+        held = {}
         for function, misses in zip(self.functions, self.misses, strict=True):
             if function.cache_info().misses != misses:
+                held[getattr(function, "__name__", "a function")] = [*_within(function, set())]
                 function.cache_clear()
+        return held
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +140,7 @@ def logs_of(places: Iterable[tuple[str, Any, str]]) -> list[Holder]:
 
 
 Values: TypeAlias = dict[tuple[int, Any], Any]
-"""Plain values, by the number of the holder where they stand and the key."""
+"""Values, by the number of the holder where they stand and the key."""
 
 
 @dataclass(slots=True)
@@ -147,14 +152,20 @@ class Left:
     values : Values
         Plain values other than it found there.
     tensors : dict
-        Where it left tensors, by the holder's number and the key: what they were computed from, as ``origins`` tells;
-        None where it can't be known.
+        Where it left tensors, or new containers and records of them, by the holder's number and the key: what they
+        were computed from, as ``origins`` tells; None where it can't be known.
+    tripwires : Values
+        The same, with what refuses every use in the place of each tensor.
+    cached : dict
+        Names of ``functools.lru_cache`` functions that it filled, with the origins of the tensors there.
     objects : bool
         Whether it left anything else: containers, functions, objects.
     """
 
     values: Values = field(default_factory=dict)
     tensors: dict[tuple[int, Any], Set[int] | None] = field(default_factory=dict)
+    tripwires: Values = field(default_factory=dict)
+    cached: dict[str, Set[int] | None] = field(default_factory=dict)
     objects: bool = False
 
 
@@ -176,8 +187,8 @@ class unchanged_python:
         Ids of the tensors that the step is given: a list of weights is no loss.
     start : Values, optional
         What an earlier call left. This one finds it there, and must leave it: what moves on is a counter.
-    poisoned : collection
-        Keys as in ``Left.tensors``: whatever reads there what the last call left is refused.
+    poisoned : Values, optional
+        Some of another call's ``Left.tripwires``: whatever reads there what that call left is refused.
     """
 
     def __init__(
@@ -190,7 +201,7 @@ class unchanged_python:
         read: Container[str] = (),
         given: Container[int] = (),
         start: Values | None = None,
-        poisoned: Iterable[tuple[int, Any]] = (),
+        poisoned: Values | None = None,
     ) -> None:
         self.holders = holders
         self.caches = caches
@@ -199,24 +210,25 @@ class unchanged_python:
         self.read = read
         self.given = given
         self.start = start or {}
-        self.poisoned = poisoned
+        self.poisoned = poisoned or {}
 
     def __enter__(self) -> None:
         self.before = contents(self.holders)
         self.tables = [[dict(h.table[t]) for t in _TABLES] if h.module is not None else [] for h in self.holders]
         put(self.holders, self.start)
-        for index, key in self.poisoned:
-            _put(self.holders[index].table, key, _LeftBehind.under(self.holders[index].name_of(key)))
+        for (index, key), tripwire in self.poisoned.items():
+            _put(self.holders[index].table, key, tripwire)
         self.random = random.getstate()
         numpy = sys.modules.get("numpy")
         self.numpy = numpy.random.get_state() if numpy is not None else None
         self.caches.note()
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self.caches.forget()
+        cached = self.caches.forget()
         found = self._restore_generators()
         made: list[str] = []
-        self.left.values, self.left.tensors, self.left.objects = {}, {}, False
+        self.left.values, self.left.tensors, self.left.tripwires, self.left.objects = {}, {}, {}, False
+        self.left.cached = {name: self._origins(tensors) for name, tensors in cached.items()}
         for index, holder in enumerate(self.holders):
             made += self._made(index, holder)
             found += self._moved(index, holder)
@@ -261,14 +273,19 @@ class unchanged_python:
         for key, now in _entries(holder.table):
             if isinstance(now, (_LeftBehind, *_PLAIN)) or id(now) in known:
                 continue
+            if now is self.poisoned.get((index, key)) or (holder.module is not None and key in _TABLES):
+                continue
             if not isinstance(now, Tensor):
-                if not (holder.module is not None and key in _TABLES):
-                    self.left.objects = True
                 if isinstance(now, list | tuple | dict) and any(
-                    isinstance(value, Tensor) and value.requires_grad and id(value) not in self.given
+                    isinstance(value, Tensor)
+                    and not isinstance(value, _LeftBehind)
+                    and value.requires_grad
+                    and id(value) not in self.given
                     for value in _flat(now)
                 ):
                     lost.append(holder.name_of(key))
+                elif isinstance(holder.table, set) or not self._noted((index, key), now):
+                    self.left.objects = True
                 continue
             before = _entry(self.before[index], key)
             derived = isinstance(before, Tensor) and before.grad_fn is not None  # weight_norm's weight
@@ -277,8 +294,22 @@ class unchanged_python:
             if now.requires_grad:
                 lost.append(holder.name_of(key))
             elif not isinstance(holder.table, set):
-                self.left.tensors[index, key] = self.origins(now)
+                self._noted((index, key), now)
         return lost
+
+    def _noted(self, place: tuple[int, Any], value: Any) -> bool:
+        """Note what the tensors of a value were computed from; returns whether it is one or has any."""
+        tensors: list[Tensor] = []
+        tripwire = _tripwire(value, self.holders[place[0]].name_of(place[1]), tensors)
+        if tensors:
+            self.left.tensors[place] = self._origins(tensors)
+            self.left.tripwires[place] = tripwire
+        return bool(tensors)
+
+    def _origins(self, tensors: Sequence[Tensor]) -> Set[int] | None:
+        origins = [self.origins(tensor) for tensor in tensors]
+        known = [found for found in origins if found is not None]
+        return frozenset().union(*known) if len(known) == len(origins) else None
 
     def _restore_generators(self) -> list[str]:
         found = []
@@ -311,7 +342,56 @@ class _LeftBehind(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         place = next((str(vars(a)["_place"]) for a in _flat((*args, kwargs)) if isinstance(a, cls)), "an attribute")
-        raise CaptureError(_KEPT.format(name=repr(place), last=place.rpartition(".")[2].partition("[")[0]))
+        raise _kept(place)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # where it stands for a function
+        raise _kept(self._place)
+
+    def __next__(self) -> Any:
+        raise _kept(self._place)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name) if name.startswith("_") else _kept(self._place)
+
+
+def _kept(place: str) -> CaptureError:
+    return CaptureError(_KEPT.format(name=repr(place), last=place.rpartition(".")[2].partition("[")[0]))
+
+
+def _tripwire(value: Any, place: str, tensors: list[Tensor], depth: int = 0) -> Any:
+    """Return a copy of what a call left with tripwires in the place of its tensors, which are added to ``tensors``."""
+    made = []
+    leaves, spec = private.tree_flatten(value)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            if not isinstance(leaf, _LeftBehind):
+                tensors.append(leaf)
+                leaf = _LeftBehind.under(place)
+        elif depth < _DEPTH and not isinstance(leaf, nn.Module) and _is_record(leaf):
+            fields = {name: _tripwire(field, place, tensors, depth + 1) for name, field in vars(leaf).items()}
+            leaf = copy.copy(leaf)
+            vars(leaf).update(fields)
+        elif held := [*_within(leaf, set())]:
+            tensors += held
+            leaf = _LeftBehind.under(place)
+        made.append(leaf)
+    return private.tree_unflatten(made, spec)
+
+
+def _within(value: Any, seen: set[int], depth: int = 0) -> Iterable[Tensor]:
+    """The tensors that an object of any other kind holds: a function by its closure, an iterator, one with slots."""
+    if isinstance(value, Tensor):
+        if not isinstance(value, _LeftBehind):
+            yield value
+        return
+    large = isinstance(value, _CONTAINERS) and len(value) > _MANY
+    if depth > _DEPTH or large or id(value) in seen or isinstance(value, _CODE):
+        return
+    seen.add(id(value))
+    names = value.__globals__ if isinstance(value, types.FunctionType) else None
+    for inner in gc.get_referents(value):
+        if inner is not names:
+            yield from _within(inner, seen, depth + 1)
 
 
 def _flat(values: Any) -> Iterable[Any]:

@@ -52,7 +52,7 @@ class Recorder:
         inputs: FlatInputs,
         slots: tuple[TensorSlot, ...],
         calls: watched_calls,
-        poisoned: frozenset[tuple[int, Any]],
+        poisoned: Values | None,
         start: Values | None,
     ) -> None:
         self.calls = calls
@@ -75,6 +75,7 @@ class Recorder:
         self.in_backward = False
         self.casts = WeightCasts([*(slot.read() for slot in slots), *inputs.tensors])
         self.state: PythonState | None = None
+        self.marks: list[dict[str, Any]] = []  # the attributes of what the last call was given, before it
         self.versions: list[tuple[Tensor, int]] = []  # of what the last call was given, when it was done
         self.done: list[Any] = []  # what the holders held then
 
@@ -108,6 +109,7 @@ class Recorder:
             self._refuse_moving()
             self._refuse_reassigned(flat)
             self._refuse_unfrozen(flat)
+            self._refuse_marked(flat)
             self._tell_of_asked(flat)
         leaves, spec = private.tree_flatten(output)
         tensors: list[Tensor] = []
@@ -141,12 +143,14 @@ class Recorder:
     def _dress(self, flat: Sequence[Tensor]) -> None:
         """Give what stands for parameters, buffers and inputs the Python attributes of these, and parameters' kind."""
         originals = [*(slot.read() for slot in self.slots), *self.inputs.tensors]
+        self.marks = []
         for tensor, original in zip(flat, originals, strict=True):
             if isinstance(original, nn.Parameter):
                 tensor._is_param = True  # what isinstance asks for
             for name, value in vars(original).items():
                 if name not in vars(tensor):
                     setattr(tensor, name, value)
+            self.marks.append(dict(vars(tensor)))
 
     def refuse_late_writes(self) -> None:
         """Refuse what a backward wrote: a recorded backward returns gradients, and nothing else."""
@@ -182,6 +186,15 @@ class Recorder:
                     f"the forward calls requires_grad_() on {slot.name!r}, which a planned step doesn't: call it "
                     "before the forward (the step is planned again)"
                 )
+
+    def _refuse_marked(self, flat: Sequence[Tensor]) -> None:
+        for slot, tensor, before in zip(self.slots, flat, self.marks, strict=False):
+            for name in vars(tensor).keys() & self.read:
+                if not name.startswith("_") and vars(tensor)[name] is not before.get(name):
+                    raise CaptureError(
+                        f"the forward leaves {name!r} on {slot.name!r}, which a planned step can't repeat: keep it in "
+                        "a buffer that the forward changes in place (register_buffer)"
+                    )
 
     def _tell_of_asked(self, flat: Sequence[Tensor]) -> None:
         tensors = zip(flat[len(self.slots) :], self.inputs.tensors, strict=True)

@@ -41,7 +41,7 @@ _WAYS = (
         "run the recurrence over padded sequences and mask or gather its outputs by length, with torch.where",
     ),
     (
-        ("utils/loop.py", "torch_geometric"),
+        ("torch_geometric/utils/loop.py",),
         "how many self-loops there are is known only at run time: put them into edge_index before the call and build "
         "the layers with add_self_loops=False",
     ),
@@ -61,6 +61,10 @@ _WAYS = (
         ("aten.nonzero", "aten.masked_select", "aten.unique", "aten._unique"),
         "give sizes that don't depend on values: weigh by a mask (torch.where(mask, x, 0)), take a fixed number by "
         "topk, or compute the indices outside and pass them in",
+    ),
+    (
+        ("aten.bincount",),
+        "count by torch.zeros(size).index_add(0, index, torch.ones(len(index))), whose size is known",
     ),
     (
         ("aten._local_scalar_dense", "aten.item"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,6 +160,7 @@ def _capture(
         recorder, joint = trace(compiling=False)
     except _NotTracedError:
         compiling = True
+    if compiling:  # not in the handler, or the first error would be the context of another one
         try:
             recorder, joint = trace(compiling=True)
         except _NotTracedError as error:
@@ -169,7 +170,8 @@ def _capture(
     settles = False
     if written or lasting:
         try:
-            _, again = trace(compiling=compiling, poisoned=written, start=lasting)
+            tripwires = {place: recorder.left.tripwires[place] for place in written}
+            _, again = trace(compiling=compiling, poisoned=tripwires, start=lasting)
         except _NotTracedError as error:
             raise error.told from error.__cause__
         settles = _alike(joint, again)
@@ -202,7 +204,7 @@ def _traced(
     split_recurrences: bool,
     *,
     compiling: bool,
-    poisoned: frozenset[tuple[int, Any]] = frozenset(),
+    poisoned: Values | None = None,
     start: Values | None = None,
 ) -> tuple[Recorder, private.JointTrace]:
     recorder = Recorder(model, forward, inputs, slots, watched_calls(split_recurrences), poisoned, start)
@@ -253,9 +255,16 @@ def _left_of_data(left: Left, joint: private.JointTrace, slots: Sequence[TensorS
     def constant(primal: int) -> bool:
         return 0 <= primal < len(slots) and primal not in written and not slots[primal].read().requires_grad
 
-    return frozenset(
-        place for place, origins in left.tensors.items() if origins is None or not all(map(constant, origins))
-    )
+    def of_data(origins: Set[int] | None) -> bool:
+        return origins is None or not all(map(constant, origins))
+
+    for name, origins in left.cached.items():
+        if of_data(origins):
+            raise CaptureError(
+                f"the forward keeps tensors that follow from data or are drawn in the cache of {name}() "
+                "(functools.lru_cache), which a planned step doesn't fill: call it outside, and pass in what it returns"
+            )
+    return frozenset(place for place, origins in left.tensors.items() if of_data(origins))
 
 
 def _tell_of_hooks(model: nn.Module) -> None:

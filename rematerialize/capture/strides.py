@@ -70,6 +70,16 @@ def laid_alike(strides: Strides, like: Tensor) -> bool:
     return like.numel() == 0 or all(ours == other or size == 1 for ours, other, size in compared)
 
 
+def is_apart(strides: Strides, shape: Sequence[int]) -> bool:
+    """Return whether no two elements share memory, but for those along a stride of zero."""
+    reached = 0
+    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1 and s):
+        if stride <= reached:
+            return False
+        reached += stride * (size - 1)
+    return True
+
+
 def is_dense(strides: Strides, shape: Sequence[int]) -> bool:
     """Return whether every byte between the first and the last element belongs to one element."""
     expected = 1
