@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,3 +126,31 @@ def test_a_gradient_of_one_channel_goes_on_in_the_memory_format_in_which_it_arri
 
     x = torch.randn(1, 3, 14, 16).to(memory_format=torch.channels_last)
     check_steps(lambda: Upscaled().to(memory_format=torch.channels_last), x)
+
+
+def test_gradients_are_laid_out_as_those_that_autograd_adopts() -> None:
+    """A dimension of one element may have another stride: no copy is made for it, in eager or here."""
+
+    class Depthwise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.point = nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 4, 1)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            picture = tokens.transpose(1, 2).view(-1, 16, 4, 4)
+            return self.point(self.layer(picture)).flatten(2).transpose(1, 2)
+
+    tokens = torch.randn(2, 16, 16)
+    torch.manual_seed(0)
+    eager = Depthwise()
+    ours = wrap(copy.deepcopy(eager), activation_budget="100%", example_inputs=(tokens,))
+    for model in (eager, ours):
+        model(tokens).square().mean().backward()
+    assert eager.layer.weight.grad is not None
+    assert eager.point.weight.grad is not None
+    assert eager.layer.weight.grad.stride() != eager.layer.weight.stride()
+    for (name, expected), found in zip(eager.named_parameters(), ours.parameters(), strict=True):
+        assert expected.grad is not None
+        assert found.grad is not None
+        assert found.grad.stride() == expected.grad.stride(), name
+        assert torch.equal(found.grad, expected.grad), name

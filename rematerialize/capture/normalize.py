@@ -19,6 +19,7 @@ from rematerialize.capture.eager_paths import take_eager_paths
 from rematerialize.capture.layout import eager_layouts, lay_out, part_tangents
 from rematerialize.capture.random import fill_in_eager_layout
 from rematerialize.capture.scatter import write_through_scatters
+from rematerialize.capture.strides import adopted_for
 
 aten = torch.ops.aten
 
@@ -274,7 +275,7 @@ def _own_gradients(joint: private.JointTrace) -> tuple[fx.Node | None, ...]:
             name not in taken
             and origin.op == "call_function"
             and phase_of(origin) == "backward"
-            and value.stride() == like.stride()
+            and adopted_for(value.stride(), like)
             and value.numel() * value.element_size() == aliases.size_bytes[name]
         )
         if not adopted:
