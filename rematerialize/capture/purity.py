@@ -38,6 +38,10 @@ _LOST = (
     "a loss instead of leaving it on the module, draw random numbers with torch"
 )
 _MADE = "the forward makes {names} at its first call: call the model once, under torch.no_grad(), before it is planned"
+_REPLACED = (
+    "the forward puts another module in the place of {names}, which a planned step can't repeat: if only its first "
+    "call does, call the model once, under torch.no_grad(), before it is planned; else make the module outside of it"
+)
 _KEPT = (
     "the forward reads {name} as an earlier call left it, and a planned step leaves nothing there: keep it in a buffer "
     "that the forward changes in place (register_buffer, then self.{last}.copy_(value)), or return it and pass it in"
@@ -216,14 +220,17 @@ class unchanged_python:
         self.caches.forget()
         found = self._restore_generators()
         made: list[str] = []
+        replaced: list[str] = []
         self.left.values, self.left.tensors, self.left.objects = {}, {}, False
         for index, holder in enumerate(self.holders):
             made += self._made(index, holder)
+            replaced += self._replaced(index, holder)
             found += self._moved(index, holder)
             found += self._kept(index, holder)
             refill(holder.table, self.before[index])
-        if kind is None and (made or found):
-            raise CaptureError((_MADE if made else _LOST).format(names=", ".join((made or found)[:3])))
+        for told, names in ((_MADE, made), (_REPLACED, replaced), (_LOST, found)) if kind is None else ():
+            if names:
+                raise CaptureError(told.format(names=", ".join(names[:3])))
 
     def _made(self, index: int, holder: Holder) -> list[str]:
         """Parameters, buffers and parts that weren't there; what was there and is another is seen elsewhere."""
@@ -232,6 +239,14 @@ class unchanged_python:
             table = holder.table[name]
             made += [repr(holder.name_of(k)) for k, v in table.items() if v is not None and before.get(k) is None]
         return made
+
+    def _replaced(self, index: int, holder: Holder) -> list[str]:
+        """Parts that are others than before: what the forward draws for their weights, it draws at one call only."""
+        if holder.module is None:
+            return []
+        before = self.tables[index][_TABLES.index("_modules")]
+        now = holder.module._modules
+        return [repr(holder.name_of(k)) for k, part in before.items() if part is not None and now.get(k) is not part]
 
     def _moved(self, index: int, holder: Holder) -> list[str]:
         """Note plain values that the forward set to others than it found; returns the names of those that move on."""
