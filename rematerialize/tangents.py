@@ -10,7 +10,7 @@ eager: kernels add up in the order of the layout, and a copy would be memory tha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -331,11 +331,19 @@ def _fake_call(target: Any, args: Any, kwargs: Any) -> Any:
     mode = next((getattr(value, "fake_mode", None) for value in given), None)
     if mode is None or not callable(target):
         raise _Unfollowed
+    if target is aten.view.default:
+        _refuse_as_real(args[0], args[1])
     try:
         with faking(mode), torch.no_grad():
             return target(*args, **kwargs)
     except (TypeError, NotImplementedError):
         raise _Unfollowed from None
+
+
+def _refuse_as_real(value: Tensor, shape: Sequence[int]) -> None:
+    """Raise where no view of a shape can be taken: torch's fake kernel finds one through dimensions of one element."""
+    with private.outside_of_modes():
+        torch.empty_strided(value.shape, value.stride(), device="meta").view(shape)
 
 
 def _layout(value: Tensor) -> tuple[Any, ...]:

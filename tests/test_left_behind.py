@@ -376,6 +376,34 @@ def test_parts_that_the_first_call_makes_are_refused_until_it_was_made(kind: typ
     assert_same_step(step_of(eager, batch()), step_of(ours, batch()))
 
 
+class ReplacesAPart(Layers):
+    """As BigBird does where a sequence is short: another class with the same weights, and weights that it drew."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state is None:
+            self.state = "another"
+            other = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+            other[0] = self.a
+            self.a = other
+        out: Tensor = self.a(x)
+        return out
+
+
+def test_a_part_that_the_first_call_replaces_is_refused_until_it_was_replaced() -> None:
+    eager, ours = twins(ReplacesAPart)
+    before = ours.a
+    with pytest.raises(remat.CaptureError, match=r"another module in the place of 'a'.*: if only its first call does"):
+        store_all(ours)(batch())
+    assert ours.a is before
+    assert ours.state is None
+    for model in (eager, ours):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            model(batch())
+    for turn in range(2):
+        assert_same_step(step_of(eager, batch(turn)), step_of(ours, batch(turn)))
+
+
 # Behind torch's back.
 
 

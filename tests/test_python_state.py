@@ -12,6 +12,7 @@ import random
 import sys
 import types
 import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import rematerialize as remat
+from rematerialize.capture import containers
 from rematerialize.capture.python_random import kept_python
 from tests.twins import plans_of
 
@@ -776,6 +778,56 @@ def test_what_is_refused_is_left_as_it_was(make: Callable[[], Any], draw: Callab
         ours(torch.randn(3, 4))
     assert ours.moving is moving
     assert [draw(moving) for _ in range(3)] == [draw(untouched) for _ in range(3)]
+
+
+class Makes(OrderedDict[str, Callable[[], nn.Module]]):
+    """A registry of classes, as libraries have one of activations: what is read is made at each reading."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
+REGISTRY = Makes(gelu=nn.GELU, silu=nn.SiLU)
+
+
+class Asks(nn.Module):
+    """Takes its activation from a registry, and looks at a value unless it is compiled."""
+
+    def __init__(self, registry: Makes | None = None) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.registry = registry
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = (REGISTRY if self.registry is None else self.registry)["silu"](self.inner(x))
+        return (y if torch.compiler.is_compiling() or y.isfinite().all() else y.nan_to_num()).mean()
+
+
+@pytest.mark.parametrize("registry", [None, Makes(silu=nn.SiLU, gelu=nn.GELU)], ids=["global", "held"])
+def test_a_registry_that_makes_what_is_read_is_left_as_it_was(registry: Makes | None) -> None:
+    watched = REGISTRY if registry is None else registry
+    before = list(OrderedDict.items(watched))
+    model = Asks(registry)
+    assert same_step(copy.deepcopy(model), remat.wrap(model, activation_budget="100%"), torch.randn(3, 4))
+    assert list(OrderedDict.items(watched)) == before
+    assert isinstance(watched["gelu"], nn.GELU)
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, list, set, deque])
+def test_containers_of_a_users_class_are_read_and_filled_past_its_methods(kind: type[Any]) -> None:
+    def forbidden(self: Any, *args: Any) -> None:
+        raise AssertionError
+
+    names = ("__getitem__", "__setitem__", "items", "keys", "copy", "clear", "update", "extend", "append", "add", "pop")
+    strict: Any = type("Strict", (kind,), dict.fromkeys((*names, "__len__", "__iter__"), forbidden))
+    value = strict()
+    content = {"b": 1, "a": 2} if issubclass(kind, dict) else {1, 2} if kind is set else [3, 1, 2]
+    assert containers.refill(value, content)
+    assert containers.plain(value) == content
+    assert not containers.refill(value, content)
+    if kind is not set:
+        containers.set_entry(value, next(iter(dict(containers.entries(value)))), 7)
+        assert containers.entries(value)[0][1] == 7
 
 
 COUNT = itertools.count(1)

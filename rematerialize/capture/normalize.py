@@ -19,7 +19,7 @@ from rematerialize.capture.eager_paths import take_eager_paths
 from rematerialize.capture.layout import eager_layouts, lay_out, part_tangents
 from rematerialize.capture.random import fill_in_eager_layout
 from rematerialize.capture.scatter import write_through_scatters
-from rematerialize.capture.strides import is_apart, laid_alike
+from rematerialize.capture.strides import adopted_for, is_apart
 
 aten = torch.ops.aten
 
@@ -278,7 +278,7 @@ def _own_gradients(joint: private.JointTrace) -> tuple[fx.Node | None, ...]:
         goes_on = primal.meta["goes_on"]
         made = name not in taken and origin.op == "call_function" and phase_of(origin) == "backward"
         whole = value.numel() * value.element_size() == aliases.size_bytes[name]
-        adopted = made and (goes_on or (whole and laid_alike(value.stride(), like)))  # what AccumulateGrad asks for
+        adopted = made and (goes_on or (whole and adopted_for(value.stride(), like)))
         if not adopted:
             kept = goes_on and is_apart(value.stride(), value.shape)
             strides = list(value.stride()) if kept else _dense_strides(like)

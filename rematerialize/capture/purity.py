@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from rematerialize import torch_private as private
+from rematerialize.capture.containers import CONTAINERS, entries, plain, refill, set_entry
 from rematerialize.errors import CaptureError
 from rematerialize.python_code import RECORDS, own
 
 _LIBRARIES = ("torch", "sympy", "numpy", "rematerialize")
 _PLAIN = (int, float, bool, str, complex, type(None))
-_CONTAINERS = (list, dict, set, deque)
 _CODE = (*_PLAIN, type, types.ModuleType, types.CodeType, nn.Module)  # hold no values of a call's
 _TABLES = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()
@@ -40,6 +40,10 @@ _LOST = (
     "a loss instead of leaving it on the module, draw random numbers with torch"
 )
 _MADE = "the forward makes {names} at its first call: call the model once, under torch.no_grad(), before it is planned"
+_REPLACED = (
+    "the forward puts another module in the place of {names}, which a planned step can't repeat: if only its first "
+    "call does, call the model once, under torch.no_grad(), before it is planned; else make the module outside of it"
+)
 _KEPT = (
     "the forward reads {name} as an earlier call left it, and a planned step leaves nothing there: keep it in a buffer "
     "that the forward changes in place (register_buffer, then self.{last}.copy_(value)), or return it and pass it in"
@@ -112,7 +116,7 @@ def holders_of(model: nn.Module) -> list[Holder]:
                     seen.add(id(module))
                     full = ".".join(filter(None, (name, prefix)))
                     add(Holder(full, vars(module), module, True, full), depth)
-        elif isinstance(value, _CONTAINERS):
+        elif isinstance(value, CONTAINERS):
             seen.add(id(value))
             if len(value) <= _MANY:
                 add(Holder(name, value, owner=owner, called=name.partition("[")[0].rpartition(".")[2]), depth)
@@ -122,7 +126,7 @@ def holders_of(model: nn.Module) -> list[Holder]:
 
     def add(holder: Holder, depth: int) -> None:
         found.append(holder)
-        for key, value in [*_entries(holder.table)]:
+        for key, value in entries(holder.table):
             if holder.module is None or key not in _TABLES:
                 visit(holder.name_of(key), value, depth + 1, holder.owner)
 
@@ -135,7 +139,7 @@ def logs_of(places: Iterable[tuple[str, Any, str]]) -> list[Holder]:
     return [
         Holder(path, value, called=called)
         for path, value, called in places
-        if isinstance(value, _CONTAINERS) and len(value) <= _MANY
+        if isinstance(value, CONTAINERS) and len(value) <= _MANY
     ]
 
 
@@ -217,7 +221,7 @@ class unchanged_python:
         self.tables = [[dict(h.table[t]) for t in _TABLES] if h.module is not None else [] for h in self.holders]
         put(self.holders, self.start)
         for (index, key), tripwire in self.poisoned.items():
-            _put(self.holders[index].table, key, tripwire)
+            set_entry(self.holders[index].table, key, tripwire)
         self.random = random.getstate()
         numpy = sys.modules.get("numpy")
         self.numpy = numpy.random.get_state() if numpy is not None else None
@@ -229,13 +233,16 @@ class unchanged_python:
         made: list[str] = []
         self.left.values, self.left.tensors, self.left.tripwires, self.left.objects = {}, {}, {}, False
         self.left.cached = {name: self._origins(tensors) for name, tensors in cached.items()}
+        replaced: list[str] = []
         for index, holder in enumerate(self.holders):
             made += self._made(index, holder)
+            replaced += self._replaced(index, holder)
             found += self._moved(index, holder)
             found += self._kept(index, holder)
-            _refill(holder.table, self.before[index])
-        if kind is None and (made or found):
-            raise CaptureError((_MADE if made else _LOST).format(names=", ".join((made or found)[:3])))
+            refill(holder.table, self.before[index])
+        for told, names in ((_MADE, made), (_REPLACED, replaced), (_LOST, found)) if kind is None else ():
+            if names:
+                raise CaptureError(told.format(names=", ".join(names[:3])))
 
     def _made(self, index: int, holder: Holder) -> list[str]:
         """Parameters, buffers and parts that weren't there; what was there and is another is seen elsewhere."""
@@ -245,10 +252,18 @@ class unchanged_python:
             made += [repr(holder.name_of(k)) for k, v in table.items() if v is not None and before.get(k) is None]
         return made
 
+    def _replaced(self, index: int, holder: Holder) -> list[str]:
+        """Parts that are others than before: what the forward draws for their weights, it draws at one call only."""
+        if holder.module is None:
+            return []
+        before = self.tables[index][_TABLES.index("_modules")]
+        now = holder.module._modules
+        return [repr(holder.name_of(k)) for k, part in before.items() if part is not None and now.get(k) is not part]
+
     def _moved(self, index: int, holder: Holder) -> list[str]:
         """Note plain values that the forward set to others than it found; returns the names of those that move on."""
         moved = []
-        for key, now in _entries(holder.table) if not isinstance(holder.table, set) else ():
+        for key, now in entries(holder.table) if not isinstance(holder.table, set) else ():
             before = self.start.get((index, key), _entry(self.before[index], key))
             if not isinstance(now, _PLAIN) or not _settles(before) or (type(now) is type(before) and now == before):
                 continue
@@ -269,8 +284,8 @@ class unchanged_python:
         A weight with a ``_orig`` parameter is computed from it at each call (spectral_norm, prune).
         """
         lost = []
-        known = {id(value) for _, value in _entries(self.before[index])}
-        for key, now in _entries(holder.table):
+        known = {id(value) for _, value in entries(self.before[index])}
+        for key, now in entries(holder.table):
             if isinstance(now, (_LeftBehind, *_PLAIN)) or id(now) in known:
                 continue
             if now is self.poisoned.get((index, key)) or (holder.module is not None and key in _TABLES):
@@ -384,7 +399,7 @@ def _within(value: Any, seen: set[int], depth: int = 0) -> Iterable[Tensor]:
         if not isinstance(value, _LeftBehind):
             yield value
         return
-    large = isinstance(value, _CONTAINERS) and len(value) > _MANY
+    large = isinstance(value, CONTAINERS) and len(value) > _MANY
     if depth > _DEPTH or large or id(value) in seen or isinstance(value, _CODE):
         return
     seen.add(id(value))
@@ -404,18 +419,18 @@ def _flat(values: Any) -> Iterable[Any]:
 
 def contents(holders: Sequence[Holder]) -> list[Any]:
     """Return what the holders hold now, for `put_back`."""
-    return [_copied(holder.table) for holder in holders]
+    return [plain(holder.table) for holder in holders]
 
 
 def put_back(holder: Holder, before: Any) -> bool:
     """Put back what a holder held; return whether it still did."""
-    return not _refill(holder.table, before)
+    return not refill(holder.table, before)
 
 
 def put(holders: Sequence[Holder], values: Values) -> None:
     """Put plain values where they belong."""
     for (index, key), value in values.items():
-        holders[index].table[key] = value
+        set_entry(holders[index].table, key, value)
 
 
 class kept_whole:
@@ -423,7 +438,7 @@ class kept_whole:
 
     def __init__(self, holders: Sequence[Holder]) -> None:
         tables = [holder.table[name] for holder in holders if holder.module is not None for name in _TABLES]
-        self.before = [(table, _copied(table)) for table in (*(holder.table for holder in holders), *tables)]
+        self.before = [(table, plain(table)) for table in (*(holder.table for holder in holders), *tables)]
 
     def __enter__(self) -> None:
         pass
@@ -431,7 +446,7 @@ class kept_whole:
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if kind is not None:
             for table, before in self.before:
-                _refill(table, before)
+                refill(table, before)
 
 
 def _is_record(value: Any) -> bool:
@@ -445,47 +460,8 @@ def _settles(before: Any) -> bool:
     return before is None or before is _ABSENT or isinstance(before, _PLAIN)
 
 
-def _copied(container: Any) -> Any:
-    """A plain copy: a class of a user's may copy in another way."""
-    if isinstance(container, dict):
-        return dict(container)
-    return set(container) if isinstance(container, set) else list(container)
-
-
-def _entries(container: Any) -> list[tuple[Any, Any]]:
-    """Keys or positions of a container, with what stands there; of a set the values themselves."""
-    if isinstance(container, dict):
-        return list(container.items())
-    return list(enumerate(container))
-
-
 def _entry(container: Any, key: Any) -> Any:
     """What stands at a key or a position; ``_ABSENT`` where nothing does."""
     if isinstance(container, dict):
         return container.get(key, _ABSENT)
     return container[key] if isinstance(container, list | deque) and key < len(container) else _ABSENT
-
-
-def _put(container: Any, key: Any, value: Any) -> None:
-    if isinstance(container, dict) or key < len(container):
-        container[key] = value
-    else:
-        container.append(value)
-
-
-def _refill(container: Any, before: Any) -> bool:
-    """Fill a container with what it held before; return whether it held something else."""
-    same = len(container) == len(before)
-    if same and isinstance(container, dict):
-        same = all(key in before and before[key] is value for key, value in container.items())
-    elif same and not isinstance(container, set):
-        same = all(a is b for a, b in zip(container, before, strict=True))
-    elif same:
-        same = container == before
-    if not same:
-        container.clear()
-        if isinstance(container, list | deque):
-            container.extend(before)
-        else:
-            container.update(before)
-    return not same

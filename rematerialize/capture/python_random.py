@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from rematerialize.capture.containers import plain, refill
 from rematerialize.python_state import look_around, slots_of, state_of
 
 
@@ -47,7 +48,7 @@ class kept_python:
             if _is_generator(value):
                 self.generators.append((value, state_of(value)))
             elif isinstance(value, dict | list):
-                self.tables.append((value, value.copy()))
+                self.tables.append((value, plain(value)))
             elif hasattr(value, "__dict__"):
                 self.tables.append((vars(value), dict(vars(value))))
             else:
@@ -73,11 +74,7 @@ class kept_python:
         if kind is None:
             return
         for table, before in self.tables:
-            if isinstance(table, list):
-                table[:] = before
-            elif table.keys() != before.keys() or any(table[key] is not value for key, value in before.items()):
-                table.clear()
-                table.update(before)
+            refill(table, before)
         for owner, name, value in self.variables:
             if (vars(owner) if isinstance(owner, type) else owner)[name] is not value:
                 _put(owner, name, value)

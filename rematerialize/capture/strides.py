@@ -80,6 +80,14 @@ def is_apart(strides: Strides, shape: Sequence[int]) -> bool:
     return True
 
 
+def adopted_for(strides: Strides, like: Tensor) -> bool:
+    """Return whether autograd keeps a gradient of some strides as a dense tensor's: torch's layout contract, by which
+    dimensions of one element may have any stride but zero.
+    """
+    compared = zip(strides, like.stride(), like.shape, strict=True)
+    return all(ours if size == 1 else ours == other for ours, other, size in compared)
+
+
 def is_dense(strides: Strides, shape: Sequence[int]) -> bool:
     """Return whether every byte between the first and the last element belongs to one element."""
     expected = 1
