@@ -162,6 +162,8 @@ def _compiling_flag(compiling: bool) -> Iterator[None]:
 
 # Eager raises its LinAlgError here. It has no output, so that a trace would drop it.
 linalg_check = torch.ops.aten._linalg_check_errors.default
+# Ops that only raise, or don't.
+CHECKS = frozenset({linalg_check, torch.ops.aten._assert_async.msg, torch.ops.aten._assert_async.default})
 
 
 @contextlib.contextmanager

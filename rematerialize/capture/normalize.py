@@ -120,9 +120,11 @@ def _rnn_layers_with_workspace(graph: fx.Graph) -> None:
 
 
 def _checks_once(graph: fx.Graph, written: dict[fx.Node, tuple[fx.Node, ...]]) -> None:
-    """What eager checks in the forward (that a factorization succeeded) is an effect that writes nothing."""
+    """What eager checks in the forward (that a factorization succeeded, or what `checks` met) is an effect that writes
+    nothing.
+    """
     for node in graph.nodes:
-        if node.target is private.linalg_check:
+        if node.target in private.CHECKS:
             node.meta["val"] = None
             if phase_of(node) == "forward":
                 written[node] = ()
@@ -308,7 +310,7 @@ def drop_dead(normal: NormalGraph) -> None:
     for node in reversed(joint.graph.nodes):
         if node.op == "output":
             continue
-        if node in needed or node.target is private.linalg_check or (node.op == "call_function" and is_random(node)):
+        if node in needed or node.target in private.CHECKS or (node.op == "call_function" and is_random(node)):
             needed.update(node.all_input_nodes)
         elif node.op != "placeholder":
             joint.graph.erase_node(node)

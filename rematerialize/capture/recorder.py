@@ -83,7 +83,12 @@ class Recorder:
         self.in_backward = False
         self._dress(flat)
         args, kwargs = self.inputs.rebuild(flat[len(self.slots) :])
-        with swapped(self.homes, flat), self.calls, private.own_saving_hooks(_refuse_hooks):
+        with (
+            swapped(self.homes, flat),
+            self.calls,
+            self.calls.checks.watched(),
+            private.own_saving_hooks(_refuse_hooks),
+        ):
             # Inside the swap: attributes are compared with the values that the swap put there.
             seeding = unseeded_generators(self.generators)
             self.calls.drew = seeding.drew

@@ -170,11 +170,6 @@ def refuse_before(function: Any, args: Sequence[Any], caller: types.CodeType) ->
             f"the forward asks where a tensor comes from{_here()} (is_leaf, grad_fn), which a trace answers otherwise "
             "than eager: decide by what the caller knows, or by requires_grad"
         )
-    if name in ("__repr__", "__format__") and function in private.FORMATTING and _asked_by_user():
-        raise CaptureError(
-            f"the forward formats a tensor{_here()} (print, str, an f-string), whose values a trace doesn't have, and "
-            "which a planned step doesn't repeat: format its shape, or return it and look at it outside"
-        )
     if function is F.multi_head_attention_forward and private.only_a_trace_is_slow():
         raise CaptureError(
             f"an attention that is only evaluated{_here()} takes torch's fast path, whose values a trace doesn't have "
@@ -194,17 +189,25 @@ def _refuse_hook(tensor: Any) -> None:
         )
 
 
-def _asked_by_user() -> bool:
-    """Whether the user's code calls what torch's own methods of tensors are asked through."""
+def formatted() -> CaptureError:
+    """What to raise where a forward formats a tensor."""
+    return CaptureError(
+        f"the forward formats a tensor{_here()} (print, str, an f-string), whose values a trace doesn't have, and "
+        "which a planned step doesn't repeat: format its shape, or return it and look at it outside"
+    )
+
+
+def asking_user() -> types.FrameType | None:
+    """The user's frame, if it is the one that calls what torch's own methods of tensors are asked through."""
     frame = sys._getframe(1)
     while frame.f_back is not None and not private.is_users(frame.f_code.co_filename):
         if frame.f_code.co_name not in _ASKING:
-            return False
+            return None
         frame = frame.f_back
-    return True
+    return frame
 
 
-_ASKING = ("_asked_by_user", "refuse_before", "__torch_function__", "handle_torch_function", "__repr__", "__format__")
+_ASKING = ("asking_user", "__torch_function__", "handle_torch_function", "__repr__", "__format__")
 
 
 def refuse_linearize() -> None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from rematerialize import torch_private as private
+from rematerialize.capture.checks import Checks
 from rematerialize.capture.decompose import split_recurrence
 from rematerialize.capture.explain import looks_at_values
 from rematerialize.capture.kernel_layouts import DRAWS
-from rematerialize.capture.refusals import refuse_before, refuse_other_layouts
+from rematerialize.capture.refusals import asking_user, formatted, refuse_before, refuse_other_layouts
 from rematerialize.errors import CaptureError
 
 
@@ -22,13 +24,14 @@ class watched_calls(TorchFunctionMode):
 
     ``recurrences`` says whether any could run over chunks of time, as they do with ``split``; ``looked`` is what the
     first look at a value raised, which the forward may have caught. ``drew`` is told of every generator that a
-    function was given.
+    function was given, ``checks`` is of the checks that it made.
     """
 
     def __init__(self, split: bool) -> None:
         super().__init__()
         self.split = split
         self.recurrences = False
+        self.checks = Checks()
         self.looked: Exception | None = None
         self.drew: Callable[[torch.Generator], None] | None = None
 
@@ -36,6 +39,12 @@ class watched_calls(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         refuse_before(func, args, sys._getframe(1).f_code)
+        if func in private.FORMATTING and (frame := asking_user()) is not None:
+            refusal = formatted()
+            text = self.checks.formats(frame, refusal) if func is Tensor.__format__ else None
+            if text is None:
+                raise refusal
+            return text
         in_chunks = None if kwargs else split_recurrence(func, args)
         if in_chunks is not None:
             self.recurrences = True
