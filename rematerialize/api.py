@@ -312,7 +312,12 @@ class _planned:
 
     def __call__(self, model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs) -> tuple[Plan, TrainingStep]:
         prepared, held = self.prepared, self.held_bytes(model, inputs)
-        if prepared is None or prepared.model is not model or prepared.key != signature(model, inputs):
+        if (
+            prepared is None
+            or prepared.model is not model
+            or prepared.key != signature(model, inputs)
+            or not prepared.captured.fits(inputs)
+        ):
             prepared = prepare(model, forward, inputs, self.options)
             self.prepared, self.held_then = prepared, held
         if self.given is not None:
@@ -373,7 +378,7 @@ def plans_of(model: nn.Module) -> tuple[Plan, ...]:
     """
     forward = _forward_of(model, "it has no plans")
     with forward._lock:
-        return tuple(plan for plan, *_ in forward._steps.values())
+        return tuple({id(plan): plan for entries in forward._steps.values() for plan, *_ in entries}.values())
 
 
 def _forward_of(model: nn.Module, otherwise: str) -> RematerializedForward:

@@ -925,6 +925,14 @@ TRACED_KINDS = frozenset({FakeTensor, FunctionalTensor})
 GET_GRAD = vars(torch._C.TensorBase)["grad"].__get__
 
 
+def fake_of(tensor: Tensor) -> Tensor:
+    """The fake tensor whose calls a trace records, behind one that a traced function is given."""
+    if isinstance(tensor, FunctionalTensor):
+        torch._functionalize_sync(tensor.elem)
+        return torch._from_functional_tensor(tensor.elem)
+    return tensor
+
+
 def origins(tensor: Tensor) -> Set[int] | None:
     """The positions among a trace's placeholders from which a tensor is computed, -1 for a draw.
 
@@ -933,10 +941,7 @@ def origins(tensor: Tensor) -> Set[int] | None:
     mode = get_proxy_mode()
     if mode is None:
         return None
-    if isinstance(tensor, FunctionalTensor):
-        torch._functionalize_sync(tensor.elem)
-        tensor = torch._from_functional_tensor(tensor.elem)
-    proxy = get_proxy_slot(tensor, mode.tracer, None)
+    proxy = get_proxy_slot(fake_of(tensor), mode.tracer, None)
     if proxy is None:
         return frozenset()
     places = {node: at for at, node in enumerate(n for n in mode.tracer.graph.nodes if n.op == "placeholder")}

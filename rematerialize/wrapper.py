@@ -27,6 +27,11 @@ from rematerialize.units import format_bytes, format_percent
 _log = logging.getLogger("rematerialize")
 
 
+_Key = tuple[tuple[Hashable, PythonState], int]
+# With the modules: the keys name them by id, which nobody else may take while the key stands.
+_Entry = tuple[Plan, TrainingStep, tuple[nn.Module, ...]]
+
+
 class PlanSignature(Protocol):
     """Makes the plan and the step for one input signature."""
 
@@ -57,10 +62,8 @@ class RematerializedForward:
         self.own_forward = vars(model).get("forward")
         self.plan_signature = plan_signature
         self.max_plans = max_plans
-        # With the modules: the keys name them by id, which nobody else may take while the key stands.
-        self._steps: OrderedDict[
-            tuple[tuple[Hashable, PythonState], int], tuple[Plan, TrainingStep, tuple[nn.Module, ...]]
-        ] = OrderedDict()
+        # Several plans for one signature where the forward's Python asks something of the inputs.
+        self._steps: OrderedDict[_Key, list[_Entry]] = OrderedDict()
         self._lock = threading.RLock()
         self._changes = 0  # plans made again for a value of Python that changed
         functools.update_wrapper(self, type(model).forward, updated=())
@@ -107,19 +110,21 @@ class RematerializedForward:
     def _entry(self, inputs: FlatInputs) -> tuple[Plan, TrainingStep]:
         with self._lock:
             key = (signature(self.model, inputs), self.plan_signature.held_bytes(self.model, inputs))
-            if key in self._steps:
-                self._steps.move_to_end(key)
-                return self._steps[key][:2]
+            entries = self._steps.get(key, [])
+            for entry in entries:
+                if entry[1].captured.fits(inputs):
+                    entries.remove(entry)
+                    entries.append(entry)
+                    self._steps.move_to_end(key)
+                    return entry[:2]
             before = next(reversed(self._steps), None)
-            entry = self.plan_signature(self.model, self.original, inputs)
-            self._steps[key] = (*entry, tuple(self.model.modules()))
+            entry = (*self.plan_signature(self.model, self.original, inputs), tuple(self.model.modules()))
+            self._keep(key, entry)
             if entry[1].captured.settles:  # the next call will find what this one leaves: it needs no plan of its own
                 with entry[1].captured.settled():
-                    self._steps[signature(self.model, inputs), key[1]] = self._steps[key]
-            while len(self._steps) > self.max_plans:
-                self._steps.popitem(last=False)
+                    self._keep((signature(self.model, inputs), key[1]), entry)
         made = entry[0]
-        if before is not None and before[0][0] == key[0][0] and before[1] == key[1]:
+        if before is not None and before[0][0] == key[0][0] and before[0][1] != key[0][1] and before[1] == key[1]:
             self._tell_of_change(changed(before[0][1], key[0][1])[:3])
         _log.info(
             "planned a training step: peak %s of %s (store-all %s), overhead %s; %d plans kept",
@@ -127,9 +132,18 @@ class RematerializedForward:
             format_bytes(made.budget_bytes),
             format_bytes(made.store_all_peak_bytes),
             format_percent(made.overhead),
-            len(self._steps),
+            sum(map(len, self._steps.values())),
         )
-        return entry
+        return entry[:2]
+
+    def _keep(self, key: _Key, entry: _Entry) -> None:
+        self._steps.setdefault(key, []).append(entry)
+        self._steps.move_to_end(key)
+        while sum(map(len, self._steps.values())) > self.max_plans:
+            oldest = next(iter(self._steps))
+            self._steps[oldest].pop(0)
+            if not self._steps[oldest]:
+                del self._steps[oldest]
 
     def _tell_of_change(self, names: list[str]) -> None:
         """Once, a value may settle at the first call (a default that a config gets); a second time it moves on."""

@@ -12,6 +12,7 @@ from rematerialize import torch_private as private
 from rematerialize.capture.autocast import WeightCasts
 from rematerialize.capture.flat import FlatInputs, Hole, TensorSlot, homes_of, member, primal_names, swapped
 from rematerialize.capture.generators import own_generators, refuse_seeding, unseeded_generators
+from rematerialize.capture.known_values import KnownValues
 from rematerialize.capture.purity import (
     FunctionCaches,
     Left,
@@ -56,6 +57,7 @@ class Recorder:
         start: Values | None,
     ) -> None:
         self.calls = calls
+        self.known = KnownValues(inputs.tensors)
         self.poisoned = poisoned
         self.start = start
         known = look_around(list(model.modules()), forward)[2]
@@ -82,6 +84,7 @@ class Recorder:
     def __call__(self, *flat: Tensor) -> Sequence[Tensor]:
         self.in_backward = False
         self._dress(flat)
+        self.known.start(flat[len(self.slots) :])
         args, kwargs = self.inputs.rebuild(flat[len(self.slots) :])
         with (
             swapped(self.homes, flat),

@@ -23,7 +23,7 @@ from rematerialize.capture.generators import (
     resolve_generators,
 )
 from rematerialize.capture.kernel_layouts import kernel_dtype, kernel_result, kernel_strides
-from rematerialize.capture.known_values import KnownValues
+from rematerialize.capture.known_values import Look
 from rematerialize.capture.purity import (
     Holder,
     Left,
@@ -53,7 +53,7 @@ class CapturedStep:
     holds a ``Hole`` (an index into the flat tensor outputs) or a constant per output leaf. ``splittable``:
     a capture with ``split_recurrences`` would be finer. ``asked``: input tensors on which the forward itself calls
     ``requires_grad_()``. ``left``: plain values that the forward sets; ``settles`` if the same step is right for a
-    call that finds them there.
+    call that finds them there. ``looks``: what the forward's Python asked of the inputs.
     """
 
     joint: private.JointTrace
@@ -64,6 +64,11 @@ class CapturedStep:
     asked: tuple[int, ...] = ()
     left: tuple[tuple[Holder, Any, Any], ...] = ()
     settles: bool = False
+    looks: tuple[Look, ...] = ()
+
+    def fits(self, inputs: FlatInputs) -> bool:
+        """Whether the forward goes the same way for inputs of the same signature."""
+        return all(look.holds(inputs.tensors) for look in self.looks)
 
     def leave(self) -> None:
         """Set what the forward sets of Python's values."""
@@ -184,7 +189,8 @@ def _capture(
     leaves, spec = recorder.structure
     splittable = recorder.calls.recurrences and not split_recurrences
     left = tuple((recorder.holders[index], key, value) for (index, key), value in lasting.items())
-    return CapturedStep(joint, slots, leaves, spec, splittable, left=left, settles=settles)
+    looks = tuple(recorder.known.looks)
+    return CapturedStep(joint, slots, leaves, spec, splittable, left=left, settles=settles, looks=looks)
 
 
 class _NotTracedError(Exception):
@@ -215,7 +221,7 @@ def _traced(
             eagers_types(recorder.asking),
             private.linearized(refuse_linearize),
         ):
-            rules = private.FakeRules(kernel_strides, kernel_dtype, kernel_result, KnownValues())
+            rules = private.FakeRules(kernel_strides, kernel_dtype, kernel_result, recorder.known)
             joint = private.trace_joint(recorder, primals, rules, compiling=compiling)
             recorder.refuse_late_writes()
             return recorder, joint
