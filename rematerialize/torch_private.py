@@ -147,19 +147,6 @@ def _eager_composites() -> Iterator[None]:
             op._dispatch_cache.clear()
 
 
-@contextlib.contextmanager
-def _compiling_flag(compiling: bool) -> Iterator[None]:
-    """Make ``torch.compiler.is_compiling()`` true, as torch.export does, or leave it: libraries test it before
-    data-dependent checks.
-    """
-    old = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = compiling or old
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = old
-
-
 # Eager raises its LinAlgError here. It has no output, so that a trace would drop it.
 linalg_check = torch.ops.aten._linalg_check_errors.default
 # Ops that only raise, or don't.
@@ -602,8 +589,6 @@ def trace_joint(
     function: Callable[..., Sequence[Tensor]],
     primals: Sequence[Tensor],
     rules: FakeRules,
-    *,
-    compiling: bool,
 ) -> JointTrace:
     """Trace the functionalized joint forward-backward graph of ``function`` at the ATen level.
 
@@ -615,8 +600,6 @@ def trace_joint(
         Distinct tensors; gradients are taken for those that require grad.
     rules : FakeRules
         What fake kernels do otherwise than torch's.
-    compiling : bool
-        What ``torch.compiler.is_compiling()`` tells the function.
 
     Raises
     ------
@@ -628,7 +611,6 @@ def trace_joint(
         _TRACE_LOCK,
         contextlib.ExitStack() as stack,
         _eager_composites(),
-        _compiling_flag(compiling),
         _plain_checks(),
         _users_anomaly_mode(),
         real_layouts(rules.strides, rules.dtype, rules.result),

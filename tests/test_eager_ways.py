@@ -77,10 +77,10 @@ def test_a_branch_on_what_follows_from_shapes_is_eagers(look: Callable[[Tensor],
         lambda x: torch.zeros(3).bernoulli_().sum() > 1,
         lambda x: torch.empty(3).sum() > 0,
     ],
-    ids=["input", "random", "written", "random in place", "unset"],
+    ids=["an input with a gradient", "random", "written", "random in place", "unset"],
 )
 def test_a_branch_on_other_values_is_refused(look: Callable[[Tensor], Any]) -> None:
-    model, x = Branching(look), torch.randn(4, SIZE)
+    model, x = Branching(look), torch.randn(4, SIZE, requires_grad=True)
     with pytest.raises(remat.CaptureError, match="depends on the values of its tensors at test_eager_ways"):
         prepare(model, model.forward, bind_inputs(model.forward, (x,)))
 
@@ -97,11 +97,13 @@ def test_a_look_in_a_handler_is_told_as_what_it_was_to_handle() -> None:
         prepare(model, model.forward, bind_inputs(model.forward, (x,)))
 
 
-def test_where_eagers_way_can_not_be_traced_the_one_for_compilers_is() -> None:
+def test_where_eagers_way_can_not_be_traced_the_one_for_compilers_is_not_taken() -> None:
     def look(x: Tensor) -> Any:
         return torch.compiler.is_compiling() or (x.detach() > -9).all()
 
-    check_steps(lambda: Branching(look), torch.randn(4, SIZE))
+    model, x = Branching(look), torch.randn(4, SIZE, requires_grad=True)
+    with pytest.raises(remat.CaptureError, match="depends on the values of its tensors at test_eager_ways"):
+        prepare(model, model.forward, bind_inputs(model.forward, (x,)))
 
 
 def test_a_write_into_a_strided_view_of_a_view_is_refused() -> None:

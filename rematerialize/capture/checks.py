@@ -12,11 +12,12 @@ import ast
 import contextlib
 import dis
 import functools
+import itertools
 import linecache
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -27,11 +28,15 @@ _UNKNOWN = "(a tensor)"
 _DEFAULT = "Expected cond to be True, but got False"
 
 
+_End: TypeAlias = tuple[int | None, int | None]
+"""A line and a column in a source file."""
+
+
 class Checks:
     """The checks that a trace comes across, and the texts that were formatted for one that is still to come."""
 
     def __init__(self) -> None:
-        self._awaited: list[tuple[types.FrameType, range, CaptureError]] = []
+        self._awaited: list[tuple[types.FrameType, _End, CaptureError]] = []
         self._telling = False
 
     @contextlib.contextmanager
@@ -68,10 +73,10 @@ class Checks:
         if self._telling:
             return _UNKNOWN
         in_text = dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("FORMAT_")
-        lines = _calling_lines(frame.f_code.co_filename, frame.f_lineno) if in_text else None
-        if lines is None:
+        call = _call_around(frame.f_code.co_filename, frame.f_lineno) if in_text else None
+        if call is None:
             return None
-        self._awaited.append((frame, lines, refusal))
+        self._awaited.append((frame, call, refusal))
         return _UNKNOWN
 
     def _reached(self) -> None:
@@ -80,7 +85,9 @@ class Checks:
         while frame is not None:
             calling.append(frame)
             frame = frame.f_back
-        self._awaited = [each for each in self._awaited if each[0] not in calling or each[0].f_lineno not in each[1]]
+        self._awaited = [
+            each for each in self._awaited if each[0] not in calling or _end_of_running(each[0]) != each[1]
+        ]
 
     def _text(self, message: Callable[[], Any] | None) -> str:
         if message is None:
@@ -93,28 +100,30 @@ class Checks:
 
 
 @functools.lru_cache(maxsize=32)
-def _parsed(source: str) -> list[tuple[ast.JoinedStr, range | None]]:
-    """The f-strings of a file, and the lines of the call that each is an argument of."""
-    tree = ast.parse(source)
-    called = {
-        argument: range(call.lineno, (call.end_lineno or call.lineno) + 1)
-        for call in ast.walk(tree)
+def _texts(source: str) -> list[tuple[ast.JoinedStr, _End | None]]:
+    """The f-strings of a file, with the end of the call that each is an argument of."""
+    nodes = list(ast.walk(ast.parse(source)))
+    specifications = {node.format_spec for node in nodes if isinstance(node, ast.FormattedValue)}
+    calls = {
+        argument: (call.end_lineno, call.end_col_offset)
+        for call in nodes
         if isinstance(call, ast.Call)
         for argument in (*call.args, *(keyword.value for keyword in call.keywords))
     }
-    specifications = {node.format_spec for node in ast.walk(tree) if isinstance(node, ast.FormattedValue)}
-    return [
-        (node, called.get(node))
-        for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr) and node not in specifications
-    ]
+    return [(n, calls.get(n)) for n in nodes if isinstance(n, ast.JoinedStr) and n not in specifications]
 
 
-def _calling_lines(filename: str, line: int) -> range | None:
-    """Lines of the call whose argument the f-string in a line is; None if it isn't one, or other f-strings are near."""
+def _call_around(filename: str, line: int) -> _End | None:
+    """Where the call ends whose argument the f-string in a line is; None if it isn't one, or of several."""
     try:
-        strings = _parsed("".join(linecache.getlines(filename)))
+        texts = _texts("".join(linecache.getlines(filename)))
     except SyntaxError:
         return None
-    near = [lines for node, lines in strings if node.lineno <= line <= (node.end_lineno or node.lineno)]
+    near = [end for node, end in texts if node.lineno <= line <= (node.end_lineno or node.lineno)]
     return near[0] if len(near) == 1 else None
+
+
+def _end_of_running(frame: types.FrameType) -> _End:
+    """Where the expression ends that a frame is at."""
+    _, end_line, _, end_column = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    return end_line, end_column

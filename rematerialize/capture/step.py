@@ -157,28 +157,16 @@ def _capture(
             "no parameter and no input requires grad, so there is no backward to plan: "
             "call requires_grad_() on what should train"
         )
-    # First the way that eager goes. Libraries that know of compilers have another one, without looks at values: it
-    # costs memory and rounding (a whole mask in place of "causal"), but it can be traced where eager's can't.
+    # Always the way that eager goes. Libraries that know of compilers have another one, without looks at values, and
+    # it isn't the same: a language model's loss differed in the fourth digit.
     trace = functools.partial(_traced, model, forward, inputs, slots, primals, split_recurrences)
-    compiling = False
-    try:
-        recorder, joint = trace(compiling=False)
-    except _NotTracedError:
-        compiling = True
-    if compiling:  # not in the handler, or the first error would be the context of another one
-        try:
-            recorder, joint = trace(compiling=True)
-        except _NotTracedError as error:
-            raise error.told from error.__cause__
+    recorder, joint = trace()
     written = _left_of_data(recorder.left, joint, slots)
     lasting = _lasting(recorder, written)
     settles = False
     if written or lasting:
-        try:
-            tripwires = {place: recorder.left.tripwires[place] for place in written}
-            _, again = trace(compiling=compiling, poisoned=tripwires, start=lasting)
-        except _NotTracedError as error:
-            raise error.told from error.__cause__
+        tripwires = {place: recorder.left.tripwires[place] for place in written}
+        _, again = trace(poisoned=tripwires, start=lasting)
         settles = _alike(joint, again)
     resolve_generators(joint, recorder.generators)
     refuse_unplannable(joint, names)
@@ -193,14 +181,6 @@ def _capture(
     return CapturedStep(joint, slots, leaves, spec, splittable, left=left, settles=settles, looks=looks)
 
 
-class _NotTracedError(Exception):
-    """Torch or the forward raised during a trace; ``told`` says so to the user."""
-
-    def __init__(self, told: CaptureError) -> None:
-        super().__init__(str(told))
-        self.told = told
-
-
 def _traced(
     model: nn.Module,
     forward: Callable[..., Any],
@@ -209,7 +189,6 @@ def _traced(
     primals: Sequence[Tensor],
     split_recurrences: bool,
     *,
-    compiling: bool,
     poisoned: Values | None = None,
     start: Values | None = None,
 ) -> tuple[Recorder, private.JointTrace]:
@@ -222,7 +201,7 @@ def _traced(
             private.linearized(refuse_linearize),
         ):
             rules = private.FakeRules(kernel_strides, kernel_dtype, kernel_result, recorder.known)
-            joint = private.trace_joint(recorder, primals, rules, compiling=compiling)
+            joint = private.trace_joint(recorder, primals, rules)
             recorder.refuse_late_writes()
             return recorder, joint
     except CaptureError:
@@ -230,7 +209,7 @@ def _traced(
     except private.UnsupportedTraceError as error:
         raise CaptureError(f"can't capture this forward: {error}") from error
     except Exception as error:
-        raise _NotTracedError(explain(error, in_backward=recorder.in_backward)) from error
+        raise explain(error, in_backward=recorder.in_backward) from error
 
 
 def _lasting(recorder: Recorder, written: frozenset[tuple[int, Any]]) -> Values:
