@@ -44,8 +44,7 @@ class KnownValues:
         tensors = list(_tensors((args, kwargs)))
         if torch.Tag.data_dependent_output in op.tags and all(map(self._is_known, tensors)):
             calls = _program((op, args, kwargs))
-            with private.outside_of_modes():
-                answer = _run(calls, self._inputs)
+            answer = _run(calls, self._inputs)
             if all(made is not _INPUT for made, _, _ in calls):
                 return answer
             if isinstance(answer, bool):
@@ -122,8 +121,7 @@ class Look:
 
     def holds(self, inputs: Sequence[Tensor]) -> bool:
         """Whether other inputs of the same layouts give the same answer."""
-        with private.outside_of_modes(), private.disable_autocast(), torch.no_grad():
-            return bool(_run(self.calls, inputs)) == self.answer
+        return bool(_run(self.calls, inputs) == self.answer)
 
 
 def _program(call: _Call) -> tuple[_Call, ...]:
@@ -145,6 +143,7 @@ def _program(call: _Call) -> tuple[_Call, ...]:
 
 
 def _run(calls: Sequence[_Call], inputs: Sequence[Tensor]) -> Any:
+    """What a program's last call returns; autocast's casts are calls of their own in it."""
     results: list[Any] = []
 
     def real(leaf: Any) -> Any:
@@ -152,10 +151,11 @@ def _run(calls: Sequence[_Call], inputs: Sequence[Tensor]) -> Any:
             return torch.device("cpu")  # a plan for a device that isn't there
         return results[leaf.at] if isinstance(leaf, _Result) else leaf
 
-    for op, args, kwargs in calls:
-        if op is _INPUT:
-            results.append(inputs[args[0]])
-        else:
-            real_args, real_kwargs = private.tree_map(real, (args, kwargs))
-            results.append(op(*real_args, **real_kwargs))
+    with private.outside_of_modes(), private.disable_autocast(), torch.no_grad():
+        for op, args, kwargs in calls:
+            if op is _INPUT:
+                results.append(inputs[args[0]])
+            else:
+                real_args, real_kwargs = private.tree_map(real, (args, kwargs))
+                results.append(op(*real_args, **real_kwargs))
     return results[-1]
