@@ -171,8 +171,9 @@ def _plain_checks() -> Iterator[None]:
             _side_effectful_functions.discard(linalg_check)
 
 
-# For an op, its arguments, a position among its results and the fake one there: its real strides, None if it has them.
-LayoutRule = Callable[[Any, Sequence[Any], int, Tensor], Sequence[int] | None]
+# For an op, its arguments, its keyword arguments, a position among its results and the fake one there: its real
+# strides, None if it has them.
+LayoutRule = Callable[[Any, Sequence[Any], Mapping[str, Any], int, Tensor], Sequence[int] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,7 @@ class Result:
     dtype: torch.dtype
 
 
-# As LayoutRule, for the type that the kernel returns.
+# As LayoutRule, without keyword arguments, for the type that the kernel returns.
 DtypeRule = Callable[[Any, Sequence[Any], int, Tensor], torch.dtype | None]
 # For an op, its arguments and keyword arguments: its result, None where the fake kernel is to be asked.
 ResultRule = Callable[[Any, Sequence[Any], Mapping[str, Any]], Result | None]
@@ -204,16 +205,16 @@ def real_layouts(strides: LayoutRule, dtypes: DtypeRule, results: ResultRule) ->
                     return torch.empty(known.shape, dtype=known.dtype, device=args[0].device)
             result = dispatch(mode, op, types, args, kwargs or {})
             if isinstance(result, Tensor):
-                return as_real(mode, op, args, 0, result)
+                return as_real(mode, op, args, kwargs or {}, 0, result)
             if isinstance(result, tuple):
                 return tuple(
-                    as_real(mode, op, args, at, one) if isinstance(one, Tensor) else one
+                    as_real(mode, op, args, kwargs or {}, at, one) if isinstance(one, Tensor) else one
                     for at, one in enumerate(result)
                 )
             return result
 
-        def as_real(mode: FakeTensorMode, op: Any, args: Any, at: int, fake: Tensor) -> Tensor:
-            return _laid_out(mode, fake, strides(op, args, at, fake), dtypes(op, args, at, fake))
+        def as_real(mode: FakeTensorMode, op: Any, args: Any, kwargs: Any, at: int, fake: Tensor) -> Tensor:
+            return _laid_out(mode, fake, strides(op, args, kwargs, at, fake), dtypes(op, args, at, fake))
 
         FakeTensorMode.dispatch = laid_out  # type: ignore[assignment, method-assign]
         try:

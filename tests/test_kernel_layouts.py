@@ -107,3 +107,61 @@ def test_results_are_laid_out_as_kernels_lay_them(op: Callable[..., Tensor]) -> 
         with faking(mode):
             fake = op(mode.from_tensor(x), mode.from_tensor(y))
         assert fake.stride() == op(x, y).stride(), (x.stride(), y.stride())
+
+
+OF_ONE_ELEMENT: dict[str, Callable[..., Any]] = {
+    "add": torch.add,
+    "add a number": lambda x, y: x + 0.5,
+    "add a row": lambda x, y: x + y[:, :1],
+    "add of another type": lambda x, y: x + y.double(),
+    "relu": lambda x, y: torch.relu(x),
+    "sigmoid": lambda x, y: torch.sigmoid(x),
+    "hardtanh": lambda x, y: torch.nn.functional.hardtanh(x),
+    "gelu": lambda x, y: torch.nn.functional.gelu(x),
+    "pow": lambda x, y: x**2,
+    "pow of a number": lambda x, y: 2.0**x,
+    "remainder of a number": lambda x, y: torch.remainder(2.0, x),
+    "abs": lambda x, y: torch.abs(x),
+    "abs of complex": lambda x, y: torch.abs(torch.complex(x, y)),
+    "nan_to_num": lambda x, y: torch.nan_to_num(x),
+    "clone": lambda x, y: x.clone(),
+    "clone, contiguous": lambda x, y: x.clone(memory_format=torch.contiguous_format),
+    "to another type": lambda x, y: x.double(),
+    "a comparison": lambda x, y: x > y,
+    "where": lambda x, y: torch.where(x > 0.5, y, x),
+    "lerp": lambda x, y: torch.lerp(x, y, 0.3),
+    "addcmul": lambda x, y: torch.addcmul(x, y, x),
+    "masked_fill": lambda x, y: x.masked_fill(y > 0.5, 0.0),
+    "threshold_backward": lambda x, y: aten.threshold_backward(x, y, 0.5),
+    "log_sigmoid_backward": lambda x, y: aten.log_sigmoid_backward(x, y, x),
+    "log_softmax": lambda x, y: torch.log_softmax(x, 1),
+    "softmax": lambda x, y: torch.softmax(x, 1),
+    "nearest": lambda x, y: torch.nn.functional.interpolate(x, scale_factor=2),
+    "bilinear": lambda x, y: torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear"),
+    "an index": lambda x, y: x[:, (y[:, 0, 0] > 5).long()],
+    "index_put": lambda x, y: x.index_put([torch.zeros(2, dtype=torch.long)], y[0]),
+    "renorm": lambda x, y: torch.renorm(x, 2, 0, 0.5),
+}
+
+
+def layouts_of_one_element(value: Tensor) -> Iterator[Tensor]:
+    """The same values: of every order of dimensions, each as it comes and as one that was sliced."""
+    yield value
+    for order in itertools.permutations(range(4)):
+        yield value.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
+    _, channels, height, width = value.shape
+    yield value.as_strided(value.shape, (channels * height * width, 1, channels * width, channels)).copy_(value.clone())
+    yield torch.cat([value, value], 1)[:, :channels]
+    yield torch.cat([value, value], -1)[..., :width]
+
+
+@pytest.mark.parametrize("op", OF_ONE_ELEMENT.values(), ids=OF_ONE_ELEMENT)
+def test_strides_of_dimensions_of_one_element_are_those_of_kernels(op: Callable[..., Any]) -> None:
+    # Convolutions and norms choose by them how they go through their input, and so how they round.
+    for shape in ((2, 8, 1, 1), (1, 4, 4, 4), (2, 1, 4, 4), (1, 8, 3, 1)):
+        value = torch.rand(shape)
+        for x, y in itertools.product(layouts_of_one_element(value), [*layouts_of_one_element(value)][::5]):
+            mode = FakeTensorMode()
+            with faking(mode):
+                fake = op(mode.from_tensor(x), mode.from_tensor(y))
+            assert fake.stride() == op(x, y).stride(), (shape, x.stride(), y.stride())

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 SECONDS = 2.0  # per op
 _STUCK_S = 20  # some kernels don't return from arguments that make no sense
-_SHAPES = ((3, 4, 6, 6), (3, 4, 6), (2, 3, 4, 4, 4), (6, 6))
+_SHAPES = ((3, 4, 6, 6), (3, 4, 6), (2, 3, 4, 4, 4), (6, 6), (2, 8, 1, 1), (1, 4, 4, 4), (2, 1, 4, 4))
 _LISTS = ([1], [0], [1, 2], [2, 3], [2, 2], [1, 1, 1], [6, 6], [0, 1, 2, 3], [3, 4, 6, 6])
 # Of other devices and libraries, or reading past the ends of what they are given.
 _LEFT_OUT = (

@@ -17,27 +17,26 @@ import torch
 from torch import Tensor
 
 from rematerialize import torch_private as private
-from rematerialize.capture.layout_rules import RULES, promoted
-from rematerialize.capture.strides import Strides, laid_alike
+from rematerialize.capture.layout_rules import rule_for
+from rematerialize.capture.strides import Strides
 
 aten = torch.ops.aten
 
 
-def kernel_strides(op: Any, args: Sequence[Any], index: int, result: Tensor) -> Strides | None:
+def kernel_strides(
+    op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], index: int, result: Tensor
+) -> Strides | None:
     """Return the strides of the op's result at an index, where they differ from those of the fake ``result``.
 
-    Strides of dimensions that have one element or none don't count, nor do results of less than two dimensions: a
-    loss that was reduced has no layout.
+    Those of dimensions of one element count: convolutions and norms choose by them between channels last and
+    contiguous (``suggest_memory_format``). Results of less than two dimensions don't: a loss that was reduced has no
+    layout.
     """
-    if result.device.type != "cpu" or result.dim() < 2:
+    if result.device.type != "cpu" or result.dim() < 2 or not result.numel():
         return None
-    rule = RULES.get(op, {}).get(index)
-    if rule is None and torch.Tag.pointwise in op.tags and sum(isinstance(other, Tensor) for other in args) > 1:
-        rule = promoted
-    if rule is None:
-        return None
-    found = rule(args, result)
-    return None if laid_alike(found, result) else found
+    rule = rule_for(op, args, kwargs, index, result)
+    found = rule(args, result) if rule is not None else result.stride()
+    return None if tuple(found) == result.stride() else found
 
 
 def kernel_dtype(op: Any, args: Sequence[Any], index: int, result: Tensor) -> torch.dtype | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rematerialize.capture.strides import Strides, channels_last, in_order, walked
+from rematerialize.capture.strides import Strides, channels_last, in_order, iterated, walked
 
 aten = torch.ops.aten
 
@@ -32,35 +32,34 @@ def _suggested(position: int) -> Rule:
 
 
 def _like(position: int) -> Rule:
-    """Dense in the order of one argument's dimensions, where the result has its shape (a loss without reduction)."""
+    """As ``empty_like`` of one argument, where the result has its shape (a loss without reduction)."""
 
     def rule(args: Sequence[Any], result: Tensor) -> Strides:
         like: Tensor = args[position]
-        return torch.empty_like(like).stride() if like.shape == result.shape else result.stride()
+        return walked([like.stride()], like.shape) if like.shape == result.shape else result.stride()
 
     return rule
 
 
-def _elementwise(*positions: int) -> Rule:
-    """Dense in the order in which an elementwise kernel walks through its operands, given as it takes them."""
+def _elementwise(*positions: int, numbers: int = 0, converted: bool = True) -> Rule:
+    """As elementwise kernels do, of operands in the order in which they take them, and of numbers that they take for
+    tensors without dimensions.
+
+    An operand of another type is ``converted`` first, as ``empty_like`` lays it out.
+    """
 
     def rule(args: Sequence[Any], result: Tensor) -> Strides:
-        tensors = [args[at] for at in positions if at < len(args) and isinstance(args[at], Tensor)]
-        operands = [operand.expand(result.shape).stride() for operand in tensors]
-        return walked(operands, result.shape)
+        given = [args[at] for at in positions if at < len(args)] if positions else args
+        tensors = [operand for operand in given if isinstance(operand, Tensor)]
+        common = torch.result_type(args[0], args[1]) if result.dtype == torch.bool and len(args) > 1 else result.dtype
+        operands: list[tuple[Strides, Sequence[int]]] = [((), ())] * numbers
+        for operand in tensors:
+            strides = operand.stride()
+            as_is = operand.dtype == common or not converted
+            operands.append((strides if as_is else walked([strides], operand.shape), operand.shape))
+        return iterated(operands, result.shape)
 
     return rule
-
-
-def promoted(args: Sequence[Any], result: Tensor) -> Strides:
-    """As elementwise kernels do; an operand of another type is converted first, as it is, and has gaps no more."""
-    tensors = [operand for operand in args if isinstance(operand, Tensor)]
-    common = torch.result_type(args[0], args[1]) if result.dtype == torch.bool else result.dtype
-    operands = []
-    for operand in tensors:
-        converted = operand if operand.dtype == common else torch.empty_like(operand, dtype=common)
-        operands.append(converted.expand(result.shape).stride())
-    return walked(operands, result.shape)
 
 
 def _rectified(args: Sequence[Any], result: Tensor) -> Strides:
@@ -80,12 +79,27 @@ def _indexed(args: Sequence[Any], result: Tensor) -> Strides:
     at = [dim for dim, index in enumerate(indices) if index is not None]
     shape = torch.broadcast_shapes(*(index.shape for index in given))  # type: ignore[no-untyped-call]
     adjacent = at[-1] - at[0] == len(at) - 1
-    before = [source.stride(dim) for dim in range(at[0])] if adjacent else []
-    after = [source.stride(dim) for dim in range(len(before), source.dim()) if dim not in at]
-    operands = [[*before, *[0] * len(shape), *after]]
-    for index in given:
-        operands.append([*[0] * len(before), *index.expand(shape).stride(), *[0] * len(after)])
-    return walked(operands, result.shape)
+    before = range(at[0]) if adjacent else range(0)
+    after = [dim for dim in range(len(before), source.dim()) if dim not in at]
+    strides = [*(source.stride(dim) for dim in before), *[0] * len(shape), *(source.stride(dim) for dim in after)]
+    operands: list[tuple[Strides, Sequence[int]]] = [(strides, result.shape)]
+    for index in given:  # viewed with dimensions of one element around its own
+        viewed = [1] * len(before) + [*shape] + [1] * len(after)
+        operands.append((_viewed(index.expand(shape).stride(), viewed, len(after)), viewed))
+    return iterated(operands, result.shape)
+
+
+def _viewed(strides: Strides, shape: Sequence[int], added: int) -> Strides:
+    """Strides of a view with a shape that has more dimensions of one element, some of them behind the old ones."""
+    size_below = strides[-1] if strides else 1
+    old = [*strides]
+    found: list[int] = []
+    for at, size in enumerate(reversed(shape)):
+        own = old.pop() if at >= added and old else size_below
+        if size != 1:
+            size_below = own * size
+        found.append(own if size != 1 else size_below)
+    return found[::-1]
 
 
 def _rolled(args: Sequence[Any], result: Tensor) -> Strides:
@@ -103,13 +117,33 @@ def _rolled(args: Sequence[Any], result: Tensor) -> Strides:
     return value.stride()
 
 
-def _real_part(args: Sequence[Any], result: Tensor) -> Strides:
-    return _contiguous(args, result) if args[0].is_complex() else result.stride()
+def _of_complex(rule: Rule) -> Rule:
+    """A rule for complex arguments; of others, elementwise kernels take a way that is no exception."""
+
+    def chosen(args: Sequence[Any], result: Tensor) -> Strides:
+        return (rule if args[0].is_complex() else _elementwise())(args, result)
+
+    return chosen
 
 
 RULES: dict[Any, dict[int, Rule]] = {
     aten._log_softmax_backward_data.default: {0: _contiguous},
     aten.huber_loss_backward.default: {0: _contiguous},
+    aten._log_softmax.default: {0: _contiguous},
+    aten._softmax_backward_data.default: {0: _contiguous},
+    aten.normal.Tensor_float: {0: _contiguous},
+    aten.renorm.default: {0: _contiguous},
+    aten.index_put.default: {0: _like(0)},
+    aten.hardtanh.default: {0: _like(0)},
+    aten.nan_to_num.default: {0: _like(0)},
+    aten.deg2rad.default: {0: _like(0)},
+    aten.rad2deg.default: {0: _like(0)},
+    aten.frexp.Tensor: {0: _like(0), 1: _like(0)},
+    aten.log_normal.default: {0: _like(0)},
+    aten.upsample_nearest2d.default: {0: _suggested(0)},
+    aten.upsample_nearest2d.vec: {0: _suggested(0)},
+    aten._upsample_nearest_exact2d.default: {0: _suggested(0)},
+    aten._upsample_nearest_exact2d.vec: {0: _suggested(0)},
     aten.log_sigmoid_forward.default: {0: _contiguous, 1: _contiguous},
     aten.mse_loss_backward.default: {0: _contiguous},
     aten.native_layer_norm_backward.default: {0: _contiguous, 1: _contiguous, 2: _contiguous},
@@ -126,7 +160,8 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten.isin.Tensor_Tensor: {0: _contiguous},
     aten.isin.Tensor_Scalar: {0: _contiguous},
     aten.index.Tensor: {0: _indexed},
-    aten.angle.default: {0: _real_part},
+    aten.abs.default: {0: _of_complex(_like(0))},
+    aten.angle.default: {0: _of_complex(_contiguous)},
     aten.roll.default: {0: _rolled},
     aten._native_batch_norm_legit.default: {0: _suggested(0)},
     aten._native_batch_norm_legit.no_stats: {0: _suggested(0)},
@@ -157,7 +192,8 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten.upsample_bilinear2d.default: {0: _suggested(0)},
     aten.upsample_bicubic2d.vec: {0: _suggested(0)},
     aten.hardsigmoid_backward.default: {0: _elementwise(0, 1)},
-    aten.polar.default: {0: _elementwise(0, 1)},
+    aten.polar.default: {0: _elementwise(0, 1, converted=False)},
+    aten.complex.default: {0: _elementwise(0, 1, converted=False)},
     aten.mish_backward.default: {0: _elementwise(0, 1)},
     aten.mse_loss.default: {0: _elementwise(0, 1)},
     aten.smooth_l1_loss.default: {0: _elementwise(0, 1)},
@@ -172,3 +208,21 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten.softplus_backward.default: {0: _elementwise(0, 1)},
     aten.threshold_backward.default: {0: _elementwise(1, 0)},
 }
+
+# Pointwise ops that take a number as it is, though their names speak of one.
+_NUMBER_IN_KERNEL = frozenset({aten.pow.Tensor_Scalar, aten.lerp.Scalar, aten.fill.Scalar})
+_COPIES = frozenset({aten.clone.default, aten._to_copy.default})
+
+
+def rule_for(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], index: int, result: Tensor) -> Rule | None:
+    """Return the rule of an op's result at an index, None where its fake kernel is to be believed."""
+    if op in RULES:
+        return RULES[op].get(index)
+    if op in _COPIES:
+        return _like(0) if kwargs.get("memory_format") in (None, torch.preserve_format) else None
+    if torch.Tag.pointwise not in op.tags:
+        return None
+    named = "scalar" in op._overloadname.lower() and op not in _NUMBER_IN_KERNEL
+    given = zip(op._schema.arguments, args, strict=False)
+    wrapped = (isinstance(item.type, torch.TensorType) and not isinstance(one, Tensor) for item, one in given)
+    return _elementwise(numbers=int(named or any(wrapped)))

@@ -31,13 +31,13 @@ def channels_last(value: Tensor) -> bool:
     return True
 
 
-def walked(operands: Sequence[Strides], shape: Sequence[int]) -> Strides:
+def walked(operands: Sequence[Strides], shape: Sequence[int], alike: bool = True) -> Strides:
     """Return strides of what ATen's TensorIterator allocates for operands of some strides, all of the result's shape.
 
     Dimensions go from inner to outer by the strides of the first operand that tells two of them apart; one that is
     broadcast along a dimension doesn't.
     """
-    if len(set(map(tuple, operands))) == 1 and is_dense(operands[0], shape):
+    if alike and len(set(map(tuple, operands))) == 1 and is_dense(operands[0], shape):
         return operands[0]
     inner_to_outer = list(reversed(range(len(shape))))
     for at in range(1, len(shape)):
@@ -64,10 +64,37 @@ def _compare(left: int, right: int, shape: Sequence[int], operands: Sequence[Str
     return 0
 
 
+def iterated(operands: Sequence[tuple[Strides, Sequence[int]]], shape: Sequence[int]) -> Strides:
+    """Return strides of what ATen's TensorIterator allocates for operands of some strides and shapes, those of
+    dimensions of one element among them: kernels that choose by ``suggest_memory_format`` look at these.
+
+    Where all operands have the result's shape, it has ways of its own: contiguous, channels last, or all alike.
+    """
+    if all(tuple(of) == tuple(shape) for _, of in operands):
+        dims = range(len(shape))
+        orders = [dims, *([[0, 2, 3, 1]] if len(shape) == 4 else [])]
+        for dense in (in_order(order, shape) for order in orders):
+            if all(_same_places(strides, dense, shape) for strides, _ in operands):
+                return dense
+        first = operands[0][0]
+        if all(tuple(strides) == tuple(first) and is_dense(strides, shape) for strides, _ in operands):
+            return first
+    return walked([_broadcast(strides, of, shape) for strides, of in operands], shape, alike=False)
+
+
+def _broadcast(strides: Strides, of: Sequence[int], shape: Sequence[int]) -> Strides:
+    missing = len(shape) - len(of)
+    kept = zip(strides, of, shape[missing:], strict=True)
+    return [0] * missing + [0 if size == 1 != wanted else stride for stride, size, wanted in kept]
+
+
+def _same_places(strides: Strides, others: Strides, shape: Sequence[int]) -> bool:
+    return all(ours == other or size == 1 for ours, other, size in zip(strides, others, shape, strict=True))
+
+
 def laid_alike(strides: Strides, like: Tensor) -> bool:
     """Return whether strides lay elements out as a tensor's do: of dimensions of one element they don't count."""
-    compared = zip(strides, like.stride(), like.shape, strict=True)
-    return like.numel() == 0 or all(ours == other or size == 1 for ours, other, size in compared)
+    return like.numel() == 0 or _same_places(strides, like.stride(), like.shape)
 
 
 def is_apart(strides: Strides, shape: Sequence[int]) -> bool:
