@@ -190,8 +190,48 @@ DtypeRule = Callable[[Any, Sequence[Any], int, Tensor], torch.dtype | None]
 ResultRule = Callable[[Any, Sequence[Any], Mapping[str, Any]], Result | None]
 
 
+@dataclass(slots=True)
+class _Sums:
+    """The sums of gradients that autograd's engine makes during a trace, numbered in their order.
+
+    ``in_place`` are those that eager writes over the first summand; ``pending`` is the one whose node was recorded
+    and whose result isn't there yet.
+    """
+
+    in_place: frozenset[int] = frozenset()
+    count: int = 0
+    pending: int | None = None
+
+    def note(self, node: fx.Node) -> None:
+        if node.target is torch.ops.aten.add.Tensor and _is_engines():
+            node.meta["summed"] = self.pending = self.count
+            node.meta["summed_in_place"] = self.count in self.in_place
+            self.count += 1
+
+    def strides(self, op: Any, args: Sequence[Any]) -> Sequence[int] | None:
+        """Those of the sum whose node was recorded last, if the first summand keeps them."""
+        if op is not torch.ops.aten.add.Tensor or self.pending is None:
+            return None
+        number, self.pending = self.pending, None
+        return args[0].stride() if number in self.in_place else None
+
+
+def _is_engines() -> bool:
+    """Whether autograd's engine itself calls the op at work, not a formula or a user's hook."""
+    if torch._C._current_graph_task_id() == -1 or "in_grad_fn" in fx.traceback.current_meta:
+        return False
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not _RUN_BACKWARD:
+        if is_users(frame.f_code.co_filename):
+            return False
+        frame = frame.f_back  # type: ignore[assignment]
+    return True
+
+
 @contextlib.contextmanager
-def real_layouts(strides: LayoutRule, dtypes: DtypeRule, results: ResultRule) -> Iterator[None]:
+def real_layouts(
+    strides: LayoutRule, dtypes: DtypeRule, results: ResultRule, sums: _Sums | None = None
+) -> Iterator[None]:
     """Give the results of fake kernels the layouts and types that the real ones return; ``results`` knows some ops
     altogether.
     """
@@ -205,6 +245,9 @@ def real_layouts(strides: LayoutRule, dtypes: DtypeRule, results: ResultRule) ->
                     return torch.empty(known.shape, dtype=known.dtype, device=args[0].device)
             result = dispatch(mode, op, types, args, kwargs or {})
             if isinstance(result, Tensor):
+                kept = sums.strides(op, args) if sums is not None else None
+                if kept is not None:
+                    return _laid_out(mode, result, kept, None)
                 return as_real(mode, op, args, kwargs or {}, 0, result)
             if isinstance(result, tuple):
                 return tuple(
@@ -256,12 +299,16 @@ def _followed(follow: Follower) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class FakeRules:
-    """What a trace does otherwise than torch's fake kernels, see `real_layouts` and `_followed`."""
+    """What a trace does otherwise than torch's fake kernels, see `real_layouts` and `_followed`.
+
+    ``sums_in_place`` are the sums of gradients, by their number in an earlier trace, that keep the first one's strides.
+    """
 
     strides: LayoutRule
     dtype: DtypeRule
     result: ResultRule
     follow: Follower
+    sums_in_place: frozenset[int] = frozenset()
 
 
 @contextlib.contextmanager
@@ -276,8 +323,8 @@ def _silent_fakes() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _recorded_sources() -> Iterator[None]:
-    """Note on each forward node the user's line that asked for it (``meta["source"]``), the innermost module that it
+def _recorded_sources(sums: _Sums) -> Iterator[None]:
+    """Number the engine's sums of gradients. Note on each forward node the user's line that asked for it (``meta["source"]``), the innermost module that it
     was called in (``meta["module"]``), whether gradients were off (``meta["no_grad"]``), and whether it is what
     functionalization made of an in-place op (``meta["in_place"]``).
 
@@ -299,6 +346,7 @@ def _recorded_sources() -> Iterator[None]:
             f"{node.target._schema.name.removesuffix('_functional')}_"
         ):
             node.meta["in_place"] = True
+        sums.note(node)
         return node
 
     PythonKeyTracer.create_node = noted  # type: ignore[method-assign]
@@ -462,6 +510,7 @@ def is_users(file: str) -> bool:
 
 
 _CALL_OF_A_MODULE = nn.Module._call_impl.__code__
+_RUN_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
 
 
 def user_line() -> str:
@@ -614,10 +663,10 @@ def trace_joint(
         _eager_composites(),
         _plain_checks(),
         _users_anomaly_mode(),
-        real_layouts(rules.strides, rules.dtype, rules.result),
+        real_layouts(rules.strides, rules.dtype, rules.result, sums := _Sums(rules.sums_in_place)),
         _followed(rules.follow),
         _silent_fakes(),
-        _recorded_sources(),
+        _recorded_sources(sums),
         _recorded_reach() as reach,
         functorch_config.patch(backward_pass_autocast="off"),
     ):

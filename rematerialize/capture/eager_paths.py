@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from rematerialize.capture.aliasing import phase_of
+from rematerialize.capture.summed import is_laid_otherwise
 
 aten = torch.ops.aten
 
@@ -23,7 +24,7 @@ def take_eager_paths(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        for rewrite in (_spread_evenly, _weights_of_targets, _product, _divided_over):
+        for rewrite in (_spread_evenly, _weights_of_targets, _product, _divided_over, _summed_over):
             found = rewrite(node)
             if found is not None:
                 node.target, node.args = found
@@ -126,6 +127,15 @@ def _divided_over(node: Any) -> _Call | None:
     x = node.args[0].meta["val"]
     # What was written through a view with gaps isn't divided vector by vector.
     return (divided_over, node.args) if x.stride() == node.meta["val"].stride() else None
+
+
+def summed_over(first: Tensor, second: Tensor) -> Tensor:
+    """A sum of gradients that autograd writes over the first, with its strides (`capture/summed.py`)."""
+    return first.clone().add_(second)
+
+
+def _summed_over(node: Any) -> _Call | None:
+    return (summed_over, node.args) if node.meta.get("summed_in_place") and is_laid_otherwise(node) else None
 
 
 def _products(graph: fx.Graph) -> list[fx.Node]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rematerialize.capture.eager_paths import divided_over
+from rematerialize.capture.eager_paths import divided_over, summed_over
 from rematerialize.capture.random import bernoulli_as
 from rematerialize.capture.scatter import write_through, write_through_
 
@@ -25,6 +25,7 @@ _ACCUMULATING = {
     aten.index_copy.default: aten.index_copy_.default,
     write_through: write_through_,
     divided_over: aten.div_.Tensor,
+    summed_over: aten.add_.Tensor,
     bernoulli_as: aten.bernoulli_.float,
     aten.uniform.default: aten.uniform_.default,
     aten.normal_functional.default: aten.normal_.default,

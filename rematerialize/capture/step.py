@@ -39,6 +39,7 @@ from rematerialize.capture.refusals import (
     refuse_odd_primals,
     refuse_unplannable,
 )
+from rematerialize.capture.summed import is_laid_otherwise, sums_in_place
 from rematerialize.capture.watched_calls import watched_calls
 from rematerialize.errors import CaptureError
 
@@ -161,6 +162,10 @@ def _capture(
     # it isn't the same: a language model's loss differed in the fourth digit.
     trace = functools.partial(_traced, model, forward, inputs, slots, primals, split_recurrences)
     recorder, joint = trace()
+    in_place = sums_in_place(joint)
+    if any(node.meta.get("summed") in in_place and is_laid_otherwise(node) for node in joint.graph.nodes):
+        trace = functools.partial(trace, sums=in_place)
+        recorder, joint = trace()
     written = _left_of_data(recorder.left, joint, slots)
     lasting = _lasting(recorder, written)
     settles = False
@@ -191,6 +196,7 @@ def _traced(
     *,
     poisoned: Values | None = None,
     start: Values | None = None,
+    sums: frozenset[int] = frozenset(),
 ) -> tuple[Recorder, private.JointTrace]:
     recorder = Recorder(model, forward, inputs, slots, watched_calls(split_recurrences), poisoned, start)
     try:
@@ -200,7 +206,7 @@ def _traced(
             eagers_types(recorder.asking),
             private.linearized(refuse_linearize),
         ):
-            rules = private.FakeRules(kernel_strides, kernel_dtype, kernel_result, recorder.known)
+            rules = private.FakeRules(kernel_strides, kernel_dtype, kernel_result, recorder.known, sums)
             joint = private.trace_joint(recorder, primals, rules)
             recorder.refuse_late_writes()
             return recorder, joint

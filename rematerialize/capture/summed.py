@@ -1,0 +1,50 @@
+"""Which sums of gradients autograd writes over the first of them.
+
+Where several gradients of one value meet, autograd's engine adds each to what is there: in place where nobody else
+holds that, else by a new tensor (``accumulate`` in torch's ``input_buffer.cpp``). A trace always makes new ones. Both
+have the same values, but written over, the sum keeps the first gradient's strides, those of dimensions of one element
+among them, by which norms and convolutions choose their way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from rematerialize import torch_private as private
+from rematerialize.capture.aliasing import find_aliases
+from rematerialize.capture.strides import is_dense, iterated
+
+
+def sums_in_place(joint: private.JointTrace) -> frozenset[int]:
+    """Return which of a trace's sums of gradients (``meta["summed"]``, in their order) eager computes in place."""
+    graph = joint.graph
+    place = {node: at for at, node in enumerate(graph.nodes)}
+    aliases = find_aliases(graph)
+    last: dict[str, int] = {}  # by storage, where it is read last
+    for node in graph.nodes:
+        own = aliases.of.get(node, ())
+        for read in node.all_input_nodes:
+            for storage in aliases.of.get(read, ()):
+                if storage not in own:
+                    last[storage] = place[node]
+
+    def alone(node: fx.Node) -> bool:
+        first: Any = node.args[0]
+        value = first.meta["val"]
+        origin = aliases.origin[aliases.single(first)]
+        made = origin.op == "call_function" or origin in {tangent for tangent, _ in joint.tangents}
+        return made and last[aliases.single(first)] == place[node] and is_dense(value.stride(), value.shape)
+
+    return frozenset(node.meta["summed"] for node in graph.nodes if "summed" in node.meta and alone(node))
+
+
+def is_laid_otherwise(node: fx.Node) -> bool:
+    """Return whether a new tensor for a sum has other strides than its first summand."""
+    first, second = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
+    return tuple(first.stride()) != tuple(_new(first, second))
+
+
+def _new(first: Tensor, second: Tensor) -> Any:
+    return iterated([(first.stride(), first.shape), (second.stride(), second.shape)], first.shape)
