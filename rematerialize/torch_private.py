@@ -257,7 +257,11 @@ def real_layouts(
             return result
 
         def as_real(mode: FakeTensorMode, op: Any, args: Any, kwargs: Any, at: int, fake: Tensor) -> Tensor:
-            return _laid_out(mode, fake, strides(op, args, kwargs, at, fake), dtypes(op, args, at, fake))
+            found, dtype = strides(op, args, kwargs, at, fake), dtypes(op, args, at, fake)
+            if found is not None and args and isinstance(args[0], Tensor) and storage_key(fake) == storage_key(args[0]):
+                with mode:
+                    return fake.as_strided(fake.shape, found, fake.storage_offset())
+            return _laid_out(mode, fake, found, dtype)
 
         FakeTensorMode.dispatch = laid_out  # type: ignore[assignment, method-assign]
         try:
@@ -324,9 +328,9 @@ def _silent_fakes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recorded_sources(sums: _Sums) -> Iterator[None]:
-    """Number the engine's sums of gradients. Note on each forward node the user's line that asked for it (``meta["source"]``), the innermost module that it
-    was called in (``meta["module"]``), whether gradients were off (``meta["no_grad"]``), and whether it is what
-    functionalization made of an in-place op (``meta["in_place"]``).
+    """Number the engine's sums of gradients, and note on each forward node the user's line that asked for it
+    (``meta["source"]``), the innermost module that it was called in (``meta["module"]``), whether gradients were off
+    (``meta["no_grad"]``), and whether it is what functionalization made of an in-place op (``meta["in_place"]``).
 
     torch can record whole stack traces, at a millisecond per node; one walk over the frames costs microseconds.
     """

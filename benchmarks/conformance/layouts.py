@@ -45,7 +45,8 @@ def judge_layouts(case: Case) -> Verdict:
         pass  # its forward was seen
     except Exception as error:
         return Verdict(case.name, case.index, case.dtype, "skipped", "eager raises", str(error)[:200])
-    wrong = sorted({told for call in calls.found for twin in (call, _halved(call)) for told in misreports(twin)})
+    twins = (twin for call in calls.found for twin in (call, _halved(call), *_narrowed(call)))
+    wrong = sorted({told for twin in twins for told in misreports(twin)})
     if wrong:
         return Verdict(case.name, case.index, case.dtype, "failed", "a misreported layout", "; ".join(wrong)[:700])
     return Verdict(case.name, case.index, case.dtype, "pass")
@@ -85,6 +86,24 @@ def _halved(call: Call) -> Call:
     """The call in bfloat16: fake kernels take other ways then."""
     op, args, kwargs = call
     return op, *pytree.tree_map(lambda leaf: leaf.bfloat16() if _is_single(leaf) else leaf, (args, kwargs))
+
+
+def _narrowed(call: Call) -> Iterator[Call]:
+    """The call with one dimension of all its tensors, and what it has one of for each element, cut to a single one."""
+    op, args, kwargs = call
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    if any(_strided(leaf) and not leaf.is_floating_point() for leaf in leaves):
+        return  # indices would point outside, which kills the process
+    for dim in range(max((leaf.dim() for leaf in leaves if _has_layout(leaf)), default=0)):
+        sizes = {leaf.shape[dim] for leaf in leaves if _has_layout(leaf) and leaf.dim() > dim}
+        cut = [_cut(leaf, dim, sizes) if _strided(leaf) else leaf for leaf in leaves]
+        yield op, *pytree.tree_unflatten(cut, structure)
+
+
+def _cut(value: Tensor, dim: int, sizes: set[int]) -> Tensor:
+    if value.dim() == 1:
+        return value[:1] if value.shape[0] in sizes else value
+    return value.narrow(dim, 0, 1) if value.dim() > dim else value
 
 
 def _is_single(leaf: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rematerialize.capture.strides import Strides, channels_last, in_order, iterated, walked
+from rematerialize.capture.strides import Strides, channels_last, in_order, iterated, laid_alike, viewed, walked
 
 aten = torch.ops.aten
 
@@ -27,6 +27,21 @@ def _suggested(position: int) -> Rule:
         dims = range(result.dim())
         last = args[position].dim() == result.dim() and channels_last(args[position])
         return in_order([0, *dims[2:], 1] if last else dims, result.shape)
+
+    return rule
+
+
+def _normed(position: int) -> Rule:
+    """Of a batch norm: where its input may be taken for contiguous it is, or else for channels last."""
+
+    def rule(args: Sequence[Any], result: Tensor) -> Strides:
+        value: Tensor = args[position]
+        dims = range(value.dim())
+        for order in (dims, [0, *dims[2:], 1]) if value.dim() in (4, 5) else (dims,):
+            dense = in_order(order, value.shape)
+            if laid_alike(dense, value):
+                return dense
+        return _suggested(position)(args, result)
 
     return rule
 
@@ -83,23 +98,14 @@ def _indexed(args: Sequence[Any], result: Tensor) -> Strides:
     after = [dim for dim in range(len(before), source.dim()) if dim not in at]
     strides = [*(source.stride(dim) for dim in before), *[0] * len(shape), *(source.stride(dim) for dim in after)]
     operands: list[tuple[Strides, Sequence[int]]] = [(strides, result.shape)]
-    for index in given:  # viewed with dimensions of one element around its own
-        viewed = [1] * len(before) + [*shape] + [1] * len(after)
-        operands.append((_viewed(index.expand(shape).stride(), viewed, len(after)), viewed))
+    for index in given:
+        around = [1] * len(before) + [*shape] + [1] * len(after)
+        operands.append((viewed(index.expand(shape).stride(), shape, around) or [], around))
     return iterated(operands, result.shape)
 
 
-def _viewed(strides: Strides, shape: Sequence[int], added: int) -> Strides:
-    """Strides of a view with a shape that has more dimensions of one element, some of them behind the old ones."""
-    size_below = strides[-1] if strides else 1
-    old = [*strides]
-    found: list[int] = []
-    for at, size in enumerate(reversed(shape)):
-        own = old.pop() if at >= added and old else size_below
-        if size != 1:
-            size_below = own * size
-        found.append(own if size != 1 else size_below)
-    return found[::-1]
+def _of_view(args: Sequence[Any], result: Tensor) -> Strides:
+    return viewed(args[0].stride(), args[0].shape, result.shape) or result.stride()
 
 
 def _rolled(args: Sequence[Any], result: Tensor) -> Strides:
@@ -115,6 +121,11 @@ def _rolled(args: Sequence[Any], result: Tensor) -> Strides:
         else:
             value = value.clone(memory_format=torch.contiguous_format)
     return value.stride()
+
+
+def _gated(args: Sequence[Any], result: Tensor) -> Strides:
+    """Of two halves."""
+    return iterated([(args[0].stride(), result.shape)] * 2, result.shape)
 
 
 def _of_complex(rule: Rule) -> Rule:
@@ -146,6 +157,7 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten._upsample_nearest_exact2d.vec: {0: _suggested(0)},
     aten.log_sigmoid_forward.default: {0: _contiguous, 1: _contiguous},
     aten.mse_loss_backward.default: {0: _contiguous},
+    aten.native_layer_norm.default: {0: _contiguous, 1: _contiguous, 2: _contiguous},
     aten.native_layer_norm_backward.default: {0: _contiguous, 1: _contiguous, 2: _contiguous},
     aten.nll_loss2d_forward.default: {0: _contiguous},
     aten.normal.Tensor_Tensor: {0: _contiguous},
@@ -161,15 +173,18 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten.isin.Tensor_Scalar: {0: _contiguous},
     aten.index.Tensor: {0: _indexed},
     aten.abs.default: {0: _of_complex(_like(0))},
+    aten.view.default: {0: _of_view},
+    aten._unsafe_view.default: {0: _of_view},
+    aten._reshape_alias.default: {0: lambda args, result: args[2]},
     aten.angle.default: {0: _of_complex(_contiguous)},
     aten.roll.default: {0: _rolled},
-    aten._native_batch_norm_legit.default: {0: _suggested(0)},
-    aten._native_batch_norm_legit.no_stats: {0: _suggested(0)},
-    aten._native_batch_norm_legit_functional.default: {0: _suggested(0)},
-    aten._native_batch_norm_legit_no_training.default: {0: _suggested(0)},
-    aten.batch_norm_backward.default: {0: _suggested(1)},
-    aten.native_batch_norm.default: {0: _suggested(0)},
-    aten.native_batch_norm_backward.default: {0: _suggested(1)},
+    aten._native_batch_norm_legit.default: {0: _normed(0)},
+    aten._native_batch_norm_legit.no_stats: {0: _normed(0)},
+    aten._native_batch_norm_legit_functional.default: {0: _normed(0)},
+    aten._native_batch_norm_legit_no_training.default: {0: _normed(0)},
+    aten.batch_norm_backward.default: {0: _normed(1)},
+    aten.native_batch_norm.default: {0: _normed(0)},
+    aten.native_batch_norm_backward.default: {0: _normed(1)},
     aten.native_group_norm_backward.default: {0: _suggested(1)},
     aten.channel_shuffle.default: {0: _suggested(0)},
     aten.max_unpool2d.default: {0: _suggested(0)},
@@ -184,7 +199,7 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten.huber_loss.default: {0: _like(0)},
     aten.index_fill.int_Scalar: {0: _like(0)},
     aten.log_sigmoid_backward.default: {0: _like(0)},
-    aten.soft_margin_loss_backward.default: {0: _like(2)},
+    aten.soft_margin_loss_backward.default: {0: _elementwise(2, 1)},
     aten.upsample_bicubic2d.default: {0: _suggested(0)},
     aten.upsample_bilinear2d.vec: {0: _suggested(0)},
     aten.upsample_trilinear3d.vec: {0: _suggested(0)},
@@ -197,6 +212,13 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten.mish_backward.default: {0: _elementwise(0, 1)},
     aten.mse_loss.default: {0: _elementwise(0, 1)},
     aten.smooth_l1_loss.default: {0: _elementwise(0, 1)},
+    aten._prelu_kernel.default: {0: _like(0)},
+    aten._scaled_dot_product_flash_attention_for_cpu.default: {0: _like(0)},
+    aten.binary_cross_entropy_with_logits.default: {0: _like(1)},
+    aten.glu.default: {0: _gated},
+    aten.nll_loss2d_backward.default: {0: _contiguous},
+    aten.tril.default: {0: _contiguous},
+    aten.triu.default: {0: _contiguous},
     aten._prelu_kernel_backward.default: {0: _elementwise(1, 2, 0), 1: _elementwise(1, 2, 0)},
     aten.clamp.Tensor: {0: _elementwise(0, 1, 2)},
     aten.elu_backward.default: {0: _elementwise(0, 5)},
@@ -211,7 +233,14 @@ RULES: dict[Any, dict[int, Rule]] = {
 
 # Pointwise ops that take a number as it is, though their names speak of one.
 _NUMBER_IN_KERNEL = frozenset({aten.pow.Tensor_Scalar, aten.lerp.Scalar, aten.fill.Scalar})
-_COPIES = frozenset({aten.clone.default, aten._to_copy.default})
+# They take a memory format, and keep that of their argument unless given one.
+_COPIES = frozenset(
+    {
+        *(aten.clone.default, aten._to_copy.default, aten.empty_like.default, aten.full_like.default),
+        *(aten.zeros_like.default, aten.ones_like.default, aten.rand_like.default, aten.randn_like.default),
+        *(aten.randint_like.default, aten.randint_like.low_dtype),
+    }
+)
 
 
 def rule_for(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], index: int, result: Tensor) -> Rule | None:

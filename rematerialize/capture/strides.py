@@ -82,6 +82,32 @@ def iterated(operands: Sequence[tuple[Strides, Sequence[int]]], shape: Sequence[
     return walked([_broadcast(strides, of, shape) for strides, of in operands], shape, alike=False)
 
 
+def viewed(strides: Strides, shape: Sequence[int], new_shape: Sequence[int]) -> Strides | None:
+    """Return strides of a view of another shape, as ATen's ``computeStride`` finds them; None where it must be a copy.
+
+    Dimensions that lie one in the other without a gap are one chunk, and each is split anew by itself. A new
+    dimension of one element stands outside of the chunk that is behind it.
+    """
+    if not strides:
+        return [1] * len(new_shape)
+    found = [0] * len(new_shape)
+    at = len(new_shape) - 1
+    step, elements, taken = strides[-1], 1, 1
+    for dim in reversed(range(len(shape))):
+        elements *= shape[dim]
+        ends = dim == 0 or (shape[dim - 1] != 1 and strides[dim - 1] != elements * step)
+        if not ends:
+            continue
+        while at >= 0 and (taken < elements or new_shape[at] == 1):
+            found[at] = taken * step
+            taken *= new_shape[at]
+            at -= 1
+        if taken != elements:
+            return None
+        step, elements, taken = strides[max(dim - 1, 0)], 1, 1
+    return found if at < 0 else None
+
+
 def _broadcast(strides: Strides, of: Sequence[int], shape: Sequence[int]) -> Strides:
     missing = len(shape) - len(of)
     kept = zip(strides, of, shape[missing:], strict=True)
