@@ -46,6 +46,11 @@ def _normed(position: int) -> Rule:
     return rule
 
 
+def _normed_backward(args: Sequence[Any], result: Tensor) -> Strides:
+    alike = channels_last(args[0]) == channels_last(args[1])
+    return (_normed if alike else _suggested)(1)(args, result)
+
+
 def _like(position: int) -> Rule:
     """As ``empty_like`` of one argument, where the result has its shape (a loss without reduction)."""
 
@@ -66,7 +71,9 @@ def _elementwise(*positions: int, numbers: int = 0, converted: bool = True) -> R
     def rule(args: Sequence[Any], result: Tensor) -> Strides:
         given = [args[at] for at in positions if at < len(args)] if positions else args
         tensors = [operand for operand in given if isinstance(operand, Tensor)]
-        common = torch.result_type(args[0], args[1]) if result.dtype == torch.bool and len(args) > 1 else result.dtype
+        common = result.dtype
+        if result.dtype == torch.bool:
+            common = torch.result_type(args[0], args[1]) if len(args) > 1 else args[0].dtype
         operands: list[tuple[Strides, Sequence[int]]] = [((), ())] * numbers
         for operand in tensors:
             strides = operand.stride()
@@ -121,6 +128,11 @@ def _rolled(args: Sequence[Any], result: Tensor) -> Strides:
         else:
             value = value.clone(memory_format=torch.contiguous_format)
     return value.stride()
+
+
+def _vector_norm(args: Sequence[Any], result: Tensor) -> Strides:
+    """Along a dimension of one element it is the absolute value."""
+    return _contiguous(args, result) if result.shape == args[0].shape else result.stride()
 
 
 def _gated(args: Sequence[Any], result: Tensor) -> Strides:
@@ -182,9 +194,9 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten._native_batch_norm_legit.no_stats: {0: _normed(0)},
     aten._native_batch_norm_legit_functional.default: {0: _normed(0)},
     aten._native_batch_norm_legit_no_training.default: {0: _normed(0)},
-    aten.batch_norm_backward.default: {0: _normed(1)},
+    aten.batch_norm_backward.default: {0: _normed_backward},
     aten.native_batch_norm.default: {0: _normed(0)},
-    aten.native_batch_norm_backward.default: {0: _normed(1)},
+    aten.native_batch_norm_backward.default: {0: _normed_backward},
     aten.native_group_norm_backward.default: {0: _suggested(1)},
     aten.channel_shuffle.default: {0: _suggested(0)},
     aten.max_unpool2d.default: {0: _suggested(0)},
@@ -199,7 +211,7 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten.huber_loss.default: {0: _like(0)},
     aten.index_fill.int_Scalar: {0: _like(0)},
     aten.log_sigmoid_backward.default: {0: _like(0)},
-    aten.soft_margin_loss_backward.default: {0: _elementwise(2, 1)},
+    aten.soft_margin_loss_backward.default: {0: _elementwise(2)},
     aten.upsample_bicubic2d.default: {0: _suggested(0)},
     aten.upsample_bilinear2d.vec: {0: _suggested(0)},
     aten.upsample_trilinear3d.vec: {0: _suggested(0)},
@@ -215,7 +227,11 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten._prelu_kernel.default: {0: _like(0)},
     aten._scaled_dot_product_flash_attention_for_cpu.default: {0: _like(0)},
     aten.binary_cross_entropy_with_logits.default: {0: _like(1)},
+    aten.flip.default: {0: _like(0)},
     aten.glu.default: {0: _gated},
+    aten.linalg_vector_norm.default: {0: _vector_norm},
+    aten.sort.default: {0: _like(0), 1: _like(0)},
+    aten.sort.stable: {0: _like(0), 1: _like(0)},
     aten.nll_loss2d_backward.default: {0: _contiguous},
     aten.tril.default: {0: _contiguous},
     aten.triu.default: {0: _contiguous},
