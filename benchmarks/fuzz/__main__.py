@@ -80,6 +80,7 @@ def _simpler(recipe: Recipe) -> list[Recipe]:
         "frozen",
         "used",
         "wide",
+        "channels_last",
         "home",
         "inputs_with_grad",
         "outputs",

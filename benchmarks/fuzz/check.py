@@ -119,7 +119,8 @@ def _line(error: BaseException) -> str:
 
 def _inputs(recipe: Recipe, at: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(recipe.seed * 101 + at)
-    x, y = (torch.randn(recipe.shape, generator=generator) for _ in range(2))
+    drawn = [torch.randn(recipe.shape, generator=generator) for _ in range(2)]
+    x, y = (torch.empty(recipe.shape, memory_format=recipe.layout).copy_(values) for values in drawn)
     tokens = torch.randint(0, 7, recipe.shape[:-1], generator=generator)
     return (
         x.requires_grad_(bool(recipe.inputs_with_grad & 1)),

@@ -86,6 +86,7 @@ class Fuzzed(nn.Module):
         for found in recipe.walk():
             make = PIECES[found.name].make
             self.parts.append((make and make(self.shape, found)) or nn.Identity())
+        self.to(memory_format=recipe.layout)  # type: ignore[call-overload]
         for index, parameter in enumerate(self.parameters()):
             parameter.requires_grad_(not recipe.frozen >> index % 8 & 1)
 
@@ -163,9 +164,11 @@ def _(f: Frame, p: Piece, own: Any) -> Tensor:
 @piece("pool")
 def _(f: Frame, p: Piece, own: Any) -> Tensor:
     x = f.home(p.a)
-    if x.dim() == 4:
+    if x.dim() == 4 and x.shape[-1] > 1:
         pooled = F.max_pool2d(x, 2) if p.k % 2 else F.avg_pool2d(x, 2)
         return F.interpolate(pooled, scale_factor=2.0, mode="nearest")
+    if x.dim() == 4:
+        return F.interpolate(F.adaptive_avg_pool2d(x, 1), x.shape[2:], mode="bilinear") + x
     wide = x if x.dim() == 3 else x.unsqueeze(1)
     return (F.max_pool1d(wide, 3, 1, 1) if p.k % 2 else F.avg_pool1d(wide, 3, 1, 1)).view(x.shape)
 
@@ -383,7 +386,7 @@ def _(f: Frame, p: Piece, own: Any) -> Tensor:
 def _view(x: Tensor, k: int) -> Tensor:
     views: tuple[Callable[[], Tensor], ...] = (
         lambda: x.transpose(0, -1), lambda: x[..., 1:], lambda: x[0], lambda: x.reshape(-1), lambda: x[..., ::2],
-        lambda: x.unsqueeze(0), lambda: x.chunk(2, -1)[1], lambda: x.detach(), lambda: x.expand(2, *x.shape),
+        lambda: x.unsqueeze(0), lambda: x.chunk(2, -1)[-1], lambda: x.detach(), lambda: x.expand(2, *x.shape),
         lambda: x.narrow(0, 0, 1), lambda: x.flatten().view(x.shape), lambda: x.split(1, 0)[-1],
         lambda: x.unbind(-1)[0], lambda: x.view_as(x), lambda: x.diagonal(dim1=0, dim2=-1),
         lambda: x.as_strided(x.shape, x.stride()), lambda: x.permute(*reversed(range(x.dim()))),

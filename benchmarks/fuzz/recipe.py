@@ -10,10 +10,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Home = Literal["rows", "sequence", "image"]
-HOMES: tuple[Home, ...] = ("rows", "sequence", "image")
-SHAPES: dict[Home, tuple[int, ...]] = {"rows": (6, 12), "sequence": (3, 5, 8), "image": (3, 4, 6, 6)}
-WIDE_SHAPES: dict[Home, tuple[int, ...]] = {"rows": (33, 64), "sequence": (4, 16, 32), "image": (2, 8, 16, 16)}
+import torch
+
+Home = Literal["rows", "sequence", "image", "pixel", "single", "gray"]
+HOMES: tuple[Home, ...] = ("rows", "sequence", "image", "pixel", "single", "gray")
+SHAPES: dict[Home, tuple[int, ...]] = {
+    "rows": (6, 12),
+    "sequence": (3, 5, 8),
+    "image": (3, 4, 6, 6),
+    "pixel": (2, 8, 1, 1),
+    "single": (1, 4, 6, 6),
+    "gray": (2, 1, 6, 6),
+}
+WIDE_SHAPES: dict[Home, tuple[int, ...]] = {
+    "rows": (33, 64),
+    "sequence": (4, 16, 32),
+    "image": (2, 8, 16, 16),
+    "pixel": (4, 64, 1, 1),
+    "single": (1, 8, 16, 16),
+    "gray": (3, 1, 16, 16),
+}
 
 Loss = Literal["outside", "inside", "each"]
 LOSSES: tuple[Loss, ...] = ("outside", "inside", "each")
@@ -62,6 +78,8 @@ class Recipe:
         The shape that layers map to itself.
     wide : bool
         Tensors of some kilobytes, where the budget is about more than generator states.
+    channels_last : bool
+        The layout of the model and of its inputs, where these are maps.
     outputs : tuple of int
         Which values the forward returns; 0 is the newest.
     used : int
@@ -89,6 +107,7 @@ class Recipe:
     pieces: tuple[Piece, ...]
     home: Home = "rows"
     wide: bool = False
+    channels_last: bool = False
     outputs: tuple[int, ...] = (0,)
     used: int = 0
     loss: Loss = "outside"
@@ -110,6 +129,11 @@ class Recipe:
     @property
     def shape(self) -> tuple[int, ...]:
         return (WIDE_SHAPES if self.wide else SHAPES)[self.home]
+
+    @property
+    def layout(self) -> torch.memory_format:
+        maps = self.channels_last and len(self.shape) == 4
+        return torch.channels_last if maps else torch.contiguous_format
 
     def walk(self) -> Iterator[Piece]:
         """Every piece, those in regions included."""
