@@ -280,7 +280,7 @@ def _own_gradients(joint: private.JointTrace) -> tuple[fx.Node | None, ...]:
         goes_on = primal.meta["goes_on"]
         made = name not in taken and origin.op == "call_function" and phase_of(origin) == "backward"
         whole = value.numel() * value.element_size() == aliases.size_bytes[name]
-        alike = value.stride() == like.stride() or (not _is_elementwise(origin) and adopted_for(value.stride(), like))
+        alike = value.stride() == like.stride() or adopted_for(value.stride(), like)
         adopted = made and (goes_on or (whole and alike))
         if not adopted:
             kept = goes_on and is_apart(value.stride(), value.shape)
@@ -295,15 +295,6 @@ def _own_gradients(joint: private.JointTrace) -> tuple[fx.Node | None, ...]:
             taken.add(name)
         owned.append(gradient)
     return tuple(owned)
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    """Whether eager's elementwise kernels made it: where its operands look contiguous to them, their result's strides
-    in dimensions of one element are those of a new tensor, which a fake kernel doesn't know.
-    """
-    while node.target is aten._to_copy.default:
-        node = node.all_input_nodes[0]
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _dense_strides(like: Tensor) -> list[int]:

@@ -8,8 +8,10 @@ among them, by which norms and convolutions choose their way.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from rematerialize import torch_private as private
@@ -30,14 +32,22 @@ def sums_in_place(joint: private.JointTrace) -> frozenset[int]:
                 if storage not in own:
                     last[storage] = place[node]
 
+    tangents = {tangent for tangent, _ in joint.tangents}
+
     def alone(node: fx.Node) -> bool:
         first: Any = node.args[0]
-        value = first.meta["val"]
-        origin = aliases.origin[aliases.single(first)]
-        made = origin.op == "call_function" or origin in {tangent for tangent, _ in joint.tangents}
-        return made and last[aliases.single(first)] == place[node] and is_dense(value.stride(), value.shape)
+        value, origin = first.meta["val"], aliases.origin[aliases.single(first)]
+        while first.target in _NO_VIEWS:
+            first = first.args[0]
+        # Autograd's views hold on to their base, even where no gradient is recorded.
+        made = first is origin and (origin.op == "call_function" or origin in tangents)
+        return made and last[aliases.single(node.args[0])] == place[node] and is_dense(value.stride(), value.shape)  # type: ignore[arg-type]
 
     return frozenset(node.meta["summed"] for node in graph.nodes if "summed" in node.meta and alone(node))
+
+
+# They share a storage with their argument, but aren't views of it.
+_NO_VIEWS = frozenset({operator.getitem, torch.ops.aten._unsafe_view.default})
 
 
 def is_laid_otherwise(node: fx.Node) -> bool:
