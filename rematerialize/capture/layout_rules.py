@@ -135,9 +135,32 @@ def _vector_norm(args: Sequence[Any], result: Tensor) -> Strides:
     return _contiguous(args, result) if result.shape == args[0].shape else result.stride()
 
 
+def _turned(args: Sequence[Any], result: Tensor) -> Strides:
+    """By quarters: a flip, and every other time a transposition."""
+    times, dims = (args[1] if len(args) > 1 else 1) % 4, args[2] if len(args) > 2 else (0, 1)
+    if not times:
+        return _contiguous(args, result)
+    strides = [*walked([args[0].stride()], args[0].shape)]
+    if times != 2:
+        strides[dims[0]], strides[dims[1]] = strides[dims[1]], strides[dims[0]]
+    return strides
+
+
+def _plainly(args: Sequence[Any], result: Tensor) -> Strides:
+    """Contiguous where it may be taken for that."""
+    found = _contiguous(args, result)
+    return found if laid_alike(found, result) else result.stride()
+
+
 def _gated(args: Sequence[Any], result: Tensor) -> Strides:
     """Of two halves."""
     return iterated([(args[0].stride(), result.shape)] * 2, result.shape)
+
+
+def _weights_gradient(args: Sequence[Any], result: Tensor) -> Strides:
+    """Of a convolution in one dimension as its weight, if that is contiguous."""
+    weight: Tensor = args[2]
+    return weight.stride() if result.dim() == 3 and weight.is_contiguous() else result.stride()
 
 
 def _of_complex(rule: Rule) -> Rule:
@@ -227,7 +250,12 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten._prelu_kernel.default: {0: _like(0)},
     aten._scaled_dot_product_flash_attention_for_cpu.default: {0: _like(0)},
     aten.binary_cross_entropy_with_logits.default: {0: _like(1)},
+    aten.addr.default: {0: _elementwise(0, numbers=1)},
+    aten.convolution_backward.default: {1: _weights_gradient},
+    aten.diag_embed.default: {0: _plainly},
     aten.flip.default: {0: _like(0)},
+    aten.mvlgamma.default: {0: _plainly},
+    aten.rot90.default: {0: _turned},
     aten.glu.default: {0: _gated},
     aten.linalg_vector_norm.default: {0: _vector_norm},
     aten.sort.default: {0: _like(0), 1: _like(0)},
