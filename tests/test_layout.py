@@ -213,3 +213,24 @@ def test_a_gradient_without_its_other_term_is_reshaped_where_no_view_can_be_take
         assert expected.grad is not None
         assert found.grad is not None
         assert torch.equal(found.grad, expected.grad), name
+
+
+class Average(nn.Module):
+    """A moving average of rows, which are copied in their order: the activation that they come from is channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+        self.register_buffer("average", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x * self.weight
+        hidden.masked_fill_(torch.arange(6) % 3 == 0, -0.1)
+        self.average.lerp_(hidden.detach().reshape(-1, 6).mean(0), 0.2)
+        return torch.tanh(hidden - self.average)
+
+
+def test_rows_of_what_was_filled_in_place_are_read_before_it_is_written_over() -> None:
+    x = torch.randn(3, 4, 6, 6)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        check_steps(Average, x.contiguous(memory_format=layout))

@@ -204,7 +204,7 @@ def _(f: Frame, p: Piece, own: Any) -> Tensor:
 def _(f: Frame, p: Piece, own: Any) -> Tensor:
     x = f.home(p.a)
     # Eager's backward on the CPU writes to a null pointer (torch 2.13) for channels last without the input's gradient.
-    return own(x if x.requires_grad else x.contiguous())
+    return own(x if x.requires_grad else x.clone(memory_format=torch.contiguous_format))
 
 
 @piece(

@@ -63,8 +63,10 @@ def fill_in_eager_layout(graph: fx.Graph) -> None:
 
 def follow(node: fx.Node, changed: set[fx.Node]) -> None:
     """Correct the layout of a node whose inputs have changed theirs; it joins them if its own is another now."""
+    traced = node.target
     value = _computed(node)
-    if _layouts(value) != _layouts(node.meta["val"]) or _shares(value, node):
+    copies = node.target is not traced  # it was a view of what had another storage
+    if copies or _layouts(value) != _layouts(node.meta["val"]) or _shares(value, node):
         node.meta["val"] = value
         changed.add(node)
 
