@@ -216,7 +216,7 @@ def test_a_gradient_without_its_other_term_is_reshaped_where_no_view_can_be_take
 
 
 class Average(nn.Module):
-    """A moving average of rows, which are copied in their order: the activation that they come from is channels last."""
+    """A moving average of rows, which are copied where the activation that they come from is channels last."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -80,7 +80,7 @@ def _simpler(recipe: Recipe) -> list[Recipe]:
         "frozen",
         "used",
         "wide",
-        "channels_last",
+        "turned",
         "home",
         "inputs_with_grad",
         "outputs",

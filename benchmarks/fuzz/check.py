@@ -120,13 +120,19 @@ def _line(error: BaseException) -> str:
 def _inputs(recipe: Recipe, at: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(recipe.seed * 101 + at)
     drawn = [torch.randn(recipe.shape, generator=generator) for _ in range(2)]
-    x, y = (torch.empty(recipe.shape, memory_format=recipe.layout).copy_(values) for values in drawn)
+    x, y = (_laid_out(recipe, values) for values in drawn)
     tokens = torch.randint(0, 7, recipe.shape[:-1], generator=generator)
     return (
         x.requires_grad_(bool(recipe.inputs_with_grad & 1)),
         y.requires_grad_(bool(recipe.inputs_with_grad & 2)),
         tokens,
     )
+
+
+def _laid_out(recipe: Recipe, values: Tensor) -> Tensor:
+    if recipe.turned and values.dim() != 4:
+        return values.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return torch.empty(recipe.shape, memory_format=recipe.layout).copy_(values)
 
 
 def _train(model: nn.Module, recipe: Recipe) -> Seen:

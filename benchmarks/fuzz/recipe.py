@@ -78,8 +78,8 @@ class Recipe:
         The shape that layers map to itself.
     wide : bool
         Tensors of some kilobytes, where the budget is about more than generator states.
-    channels_last : bool
-        The layout of the model and of its inputs, where these are maps.
+    turned : bool
+        Maps in channels last, model and inputs; other inputs with their last two dimensions swapped in memory.
     outputs : tuple of int
         Which values the forward returns; 0 is the newest.
     used : int
@@ -107,7 +107,7 @@ class Recipe:
     pieces: tuple[Piece, ...]
     home: Home = "rows"
     wide: bool = False
-    channels_last: bool = False
+    turned: bool = False
     outputs: tuple[int, ...] = (0,)
     used: int = 0
     loss: Loss = "outside"
@@ -132,7 +132,7 @@ class Recipe:
 
     @property
     def layout(self) -> torch.memory_format:
-        maps = self.channels_last and len(self.shape) == 4
+        maps = self.turned and len(self.shape) == 4
         return torch.channels_last if maps else torch.contiguous_format
 
     def walk(self) -> Iterator[Piece]:

@@ -34,7 +34,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
         pieces=st.lists(pieces(), min_size=1, max_size=9).map(tuple),
         home=st.sampled_from((*HOMES[:3], *HOMES)),
         wide=st.booleans(),
-        channels_last=st.booleans(),
+        turned=st.booleans(),
         outputs=st.lists(st.integers(0, 6), max_size=2).map(lambda more: (0, *more)),
         used=st.sampled_from((7, 7, 7, 0, 2, 4)),
         loss=st.sampled_from(LOSSES),
