@@ -91,7 +91,7 @@ def _check(recipe: Recipe) -> Outcome:
     )
     try:
         expected = _train(eager, recipe)
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AssertionError) as error:
         return Outcome("invalid", _line(error))
     if not any(v is not None and name.startswith("gradient") for name, v in expected.values):
         return Outcome("invalid", "no gradients")

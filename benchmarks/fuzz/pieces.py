@@ -249,7 +249,10 @@ def _(f: Frame, p: Piece, own: Any) -> Tensor:
     return mixed.transpose(1, 2).reshape(x.shape)
 
 
-@piece("multihead", lambda shape, p: nn.MultiheadAttention(shape[-1], 2, dropout=0.2 * (p.k % 2), batch_first=True))
+@piece(
+    "multihead",
+    lambda shape, p: nn.MultiheadAttention(shape[-1], 2 - shape[-1] % 2, dropout=0.2 * (p.k % 2), batch_first=True),
+)
 def _(f: Frame, p: Piece, own: Any) -> Tensor:
     x = f.home(p.a)
     rows = x.reshape(x.shape[0], -1, x.shape[-1])
