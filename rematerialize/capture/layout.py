@@ -9,13 +9,14 @@ of a slice (ATen's GRU cells work in slices of their gates) and of a whole tenso
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from rematerialize import torch_private as private
 from rematerialize.capture.random import follow
-from rematerialize.capture.strides import in_order, is_dense
+from rematerialize.capture.strides import in_order, is_dense, laid_alike
 
 aten = torch.ops.aten
 
@@ -62,6 +63,16 @@ def eager_layouts(joint: private.JointTrace) -> None:
     """
     tangent_of = {joint.outputs[position]: tangent for tangent, position in joint.tangents}
     changed: set[fx.Node] = set()
+    for output, tangent in tangent_of.items():
+        # Where an output may be taken for contiguous and for channels last, torch takes its tangent for contiguous.
+        value = output.meta["val"] if output is not None else None
+        if (
+            isinstance(value, Tensor)
+            and value.stride() != tangent.meta["val"].stride()
+            and _is_laid_like(tangent, value)
+        ):
+            _lay_tangent(tangent, value)
+            changed.add(tangent)
     for node in list(joint.graph.nodes):
         if node.op != "call_function":
             continue
@@ -72,11 +83,19 @@ def eager_layouts(joint: private.JointTrace) -> None:
             _restore(joint.graph, node, strides)
             changed.add(node)
         if node in changed and node in tangent_of:
-            value, tangent = node.meta["val"], tangent_of[node]
-            with value.fake_mode:
-                fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-            tangent.meta["val"] = fresh
-            changed.add(tangent)
+            _lay_tangent(tangent_of[node], node.meta["val"])
+            changed.add(tangent_of[node])
+
+
+def _is_laid_like(tangent: fx.Node, value: Tensor) -> bool:
+    traced = tangent.meta["val"]
+    return traced.shape == value.shape and laid_alike(traced.stride(), value)
+
+
+def _lay_tangent(tangent: fx.Node, value: Any) -> None:
+    with value.fake_mode:
+        fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    tangent.meta["val"] = fresh
 
 
 def _eager_strides(node: fx.Node) -> tuple[int, ...] | None:
