@@ -26,6 +26,8 @@ NEARER = (3, 5, 9, 14, 17, 25, 35)  # and on small steps: on large ones plans ar
 STEEP = 3  # levels at the minimum for which plans from store-all down are tried, too
 TWICE = ("chain", "descent")  # the solvers that plan larger steps in two orders
 EXACTLY = "descent"  # the solver that goes down to the very levels it is asked for: once more, when they are known
+LOWER = 5  # turns at most in which small steps' lowest plans are lowered once more after the search around them,
+LOWEST = 3  # from how many of these
 HIGHER = 2  # plans of the portfolio above a level between two others from which a descent to it starts
 HARD_BETWEEN = 3  # how much more halfway plans of small steps get near the minimum, where searched levels get `HARD`
 MOST_RUNS = 1_000  # per op, on average, of a plan: some steps get lower still by any number of executions
@@ -151,13 +153,22 @@ class Planner:
             levels = self._polisher.levels(points, wanted, self._starts)
             lowest = [(start, level) for start in self._starts for level in sorted(wanted)[:STEEP]]
             levels += filter(None, (self._polisher.down(start, level, work=0) for start, level in lowest))
-            lower = [point for point in self._polisher.squeeze([self._store_all]) if point.peak_bytes < least]
-            if lower:
-                # Only what the canonical orders can't reach may depend on the order that was given.
+            lower = self._polisher.squeeze([self._store_all])
+            # Only what the canonical orders can't reach may depend on the order that was given.
+            for turn in range(LOWER):
+                if turn:
+                    lower = self._polisher.lower(list(fronts([*points, *levels]))[:LOWEST], turn)
+                lower = [point for point in lower if point.peak_bytes < least]
+                if not lower:
+                    if turn:
+                        break
+                    continue
                 floor = min(point.peak_bytes for point in lower)
-                below = self._polisher.levels(lower, [floor + (least - floor) * part // 4 for part in range(4)])
+                between = [floor + (least - floor) * part // 4 for part in range(4)]
+                below = self._polisher.levels(lower, between)
                 levels += [*below, *self._polisher.raised(below, levels)]
                 points += lower
+                least = floor
         self._raw = list(fronts([*points, *levels, self._store_all]))
         self._archive = list(fronts([*(levels or points), self._raw[0], self._store_all]))
         return self._archive

@@ -171,6 +171,13 @@ class Polisher:
         self._tried: dict[int, list[Point]] = {}  # by level, what searches ended with
         self._front: list[Point] = []  # of all plans that levels were given and that they got
 
+    def lower(self, lowest: Sequence[Point], turn: int) -> list[Point]:
+        """Return plans of lower peak that descents from some of the lowest plans find, each turn by other ways."""
+        jobs = [
+            _Squeeze(start, varied=True, seed=9_001 + 100 * turn + at, stride=0.04) for at, start in enumerate(lowest)
+        ]
+        return self._squeezed(jobs) if self.effort.deepest else []
+
     def squeeze(self, points: Sequence[Point], others: Sequence[Point] = ()) -> list[Point]:
         """Return plans of lower peak, from the lowest of every order and of the solvers that got lowest, and others."""
         if not self.effort.squeeze:
