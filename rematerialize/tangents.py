@@ -18,13 +18,14 @@ from torch import Tensor, fx
 
 from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import tensors_of
+from rematerialize.capture.eager_paths import summed_over
 from rematerialize.capture.inplace import call_allocating
 from rematerialize.capture.kernel_layouts import faking
 from rematerialize.capture.normalize import TEMPLATE_FACTORIES
 
 aten = torch.ops.aten
 
-_SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor})
+_SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor, summed_over})
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 
 
@@ -310,7 +311,7 @@ _TRACED_LAYOUT = frozenset(
 
 def _takes_any_layout(node: fx.Node) -> bool:
     """Whether eager would hand a kernel its gradient as it is; of kernels that aren't torch's, nobody knows."""
-    if node.target is copied or node.target is private.getitem:
+    if node.target in (copied, summed_over, private.getitem):
         return True
     packet = getattr(node.target, "_overloadpacket", None)
     return getattr(node.target, "namespace", "") == "aten" and packet not in _TRACED_LAYOUT

@@ -205,7 +205,6 @@ class _Sums:
     def note(self, node: fx.Node) -> None:
         if node.target is torch.ops.aten.add.Tensor and _is_engines():
             node.meta["summed"] = self.pending = self.count
-            node.meta["summed_in_place"] = self.count in self.in_place
             self.count += 1
 
     def strides(self, op: Any, args: Sequence[Any]) -> Sequence[int] | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from rematerialize.capture.aliasing import phase_of
-from rematerialize.capture.summed import is_laid_otherwise
+from rematerialize.capture.strides import is_dense
 
 aten = torch.ops.aten
 
@@ -131,11 +131,12 @@ def _divided_over(node: Any) -> _Call | None:
 
 def summed_over(first: Tensor, second: Tensor) -> Tensor:
     """A sum of gradients that autograd writes over the first, with its strides (`capture/summed.py`)."""
-    return first.clone().add_(second)
+    return first.clone().add_(second) if is_dense(first.stride(), first.shape) else first + second
 
 
 def _summed_over(node: Any) -> _Call | None:
-    return (summed_over, node.args) if node.meta.get("summed_in_place") and is_laid_otherwise(node) else None
+    """Where a dimension of one element may be laid out otherwise: for tangents of another layout, if not for these."""
+    return (summed_over, node.args) if node.meta.get("summed_in_place") and 1 in _shape(node) else None
 
 
 def _products(graph: fx.Graph) -> list[fx.Node]:

@@ -166,6 +166,8 @@ def _capture(
     if any(node.meta.get("summed") in in_place and is_laid_otherwise(node) for node in joint.graph.nodes):
         trace = functools.partial(trace, sums=in_place)
         recorder, joint = trace()
+    for node in joint.graph.nodes:
+        node.meta["summed_in_place"] = node.meta.get("summed") in in_place
     written = _left_of_data(recorder.left, joint, slots)
     lasting = _lasting(recorder, written)
     settles = False
