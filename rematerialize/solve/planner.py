@@ -153,25 +153,32 @@ class Planner:
             levels = self._polisher.levels(points, wanted, self._starts)
             lowest = [(start, level) for start in self._starts for level in sorted(wanted)[:STEEP]]
             levels += filter(None, (self._polisher.down(start, level, work=0) for start, level in lowest))
-            lower = self._polisher.squeeze([self._store_all])
-            # Only what the canonical orders can't reach may depend on the order that was given.
-            for turn in range(LOWER):
-                if turn:
-                    lower = self._polisher.lower(list(fronts([*points, *levels]))[:LOWEST], turn)
-                lower = [point for point in lower if point.peak_bytes < least]
-                if not lower:
-                    if turn:
-                        break
-                    continue
-                floor = min(point.peak_bytes for point in lower)
-                between = [floor + (least - floor) * part // 4 for part in range(4)]
-                below = self._polisher.levels(lower, between)
-                levels += [*below, *self._polisher.raised(below, levels)]
-                points += lower
-                least = floor
+            points, levels = self._lowered(self._polisher, points, levels, least)
         self._raw = list(fronts([*points, *levels, self._store_all]))
         self._archive = list(fronts([*(levels or points), self._raw[0], self._store_all]))
         return self._archive
+
+    def _lowered(
+        self, polisher: Polisher, points: list[Point], levels: list[Point], least: int
+    ) -> tuple[list[Point], list[Point]]:
+        """Return the plans and those of levels with more of both below the least peak so far, as far down as it gets.
+
+        First from what stores everything in the given order: only what the canonical orders can't reach may depend on
+        that. Then from the lowest plans, which searches around them have made shorter, again and again.
+        """
+        for turn in range(LOWER):
+            lowest = list(fronts([*points, *levels]))[:LOWEST]
+            found = polisher.lower(lowest, turn) if turn else polisher.squeeze([self._store_all])
+            lower = [point for point in found if point.peak_bytes < least]
+            if lower:
+                floor = min(point.peak_bytes for point in lower)
+                below = polisher.levels(lower, [floor + (least - floor) * part // 4 for part in range(4)])
+                levels = [*levels, *below, *polisher.raised(below, levels)]
+                points = [*points, *lower]
+                least = floor
+            elif turn:
+                break
+        return points, levels
 
     def _by_depth(self) -> list[Point]:
         """Return small steps' plans that store everything, in orders that the portfolio doesn't try."""
