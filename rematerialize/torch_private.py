@@ -216,8 +216,9 @@ class _Sums:
 
 
 def _is_engines() -> bool:
-    """Whether autograd's engine itself calls the op at work, not a formula or a user's hook."""
-    if torch._C._current_graph_task_id() == -1 or "in_grad_fn" in fx.traceback.current_meta:
+    """Whether autograd's engine itself calls the op at work in the step's backward, not a formula or a user's hook."""
+    noted = fx.traceback.current_meta
+    if torch.is_grad_enabled() or noted.get("partitioner_tag") != "is_backward" or "in_grad_fn" in noted:
         return False
     frame = sys._getframe(2)
     while frame is not None and frame.f_code is not _RUN_BACKWARD:
