@@ -201,11 +201,32 @@ class _Sums:
     in_place: frozenset[int] = frozenset()
     count: int = 0
     pending: int | None = None
+    formulas: int = 0  # of an inner gradient, that are at work
 
     def note(self, node: fx.Node) -> None:
-        if node.target is torch.ops.aten.add.Tensor and _is_engines():
+        if node.target is torch.ops.aten.add.Tensor and not self.formulas and _is_engines():
             node.meta["summed"] = self.pending = self.count
             self.count += 1
+
+    def watch(self, outputs: Any) -> None:
+        """Tell the formulas of an inner gradient from the engine, as torch does for the step's own backward."""
+
+        def begin(*_: Any) -> None:
+            self.formulas += 1
+
+        def end(*_: Any) -> None:
+            self.formulas -= 1
+
+        tensors = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+        seen = {*waiting}
+        while waiting:
+            node = waiting.pop()
+            node.register_prehook(begin)
+            node.register_hook(end)
+            following = {after for after, _ in node.next_functions if after is not None} - seen
+            seen |= following
+            waiting.extend(following)
 
     def strides(self, op: Any, args: Sequence[Any]) -> Sequence[int] | None:
         """Those of the sum whose node was recorded last, if the first summand keeps them."""
@@ -216,9 +237,9 @@ class _Sums:
 
 
 def _is_engines() -> bool:
-    """Whether autograd's engine itself calls the op at work in the step's backward, not a formula or a user's hook."""
-    noted = fx.traceback.current_meta
-    if torch.is_grad_enabled() or noted.get("partitioner_tag") != "is_backward" or "in_grad_fn" in noted:
+    """Whether autograd's engine itself calls the op at work, not a formula of the step or a user's hook."""
+    outside = torch._C._current_graph_task_id() == -1 or "in_grad_fn" in fx.traceback.current_meta
+    if outside or torch.is_grad_enabled():  # where gradients are recorded, every sum is new
         return False
     frame = sys._getframe(2)
     while frame is not None and frame.f_code is not _RUN_BACKWARD:
@@ -564,8 +585,9 @@ class _Reach:
 
 
 @contextlib.contextmanager
-def _recorded_reach() -> Iterator[_Reach]:
-    """Collect, when the joint trace asks for its gradients, which tangents reach each node of autograd's graph.
+def _recorded_reach(sums: _Sums) -> Iterator[_Reach]:
+    """Let ``sums`` know the formulas of gradients that the forward asks for. Collect, when the joint trace asks for
+    its gradients, which tangents reach each node of autograd's graph.
 
     The traced ops don't tell: the zeros that ``fill_`` gives as its gradient come from no tangent.
     """
@@ -582,6 +604,8 @@ def _recorded_reach() -> Iterator[_Reach]:
             masks, parts = _reach(roots, telling)
             found.nodes = {node._sequence_nr(): mask for node, mask in masks.items()}
             found.tellers = [list(masks.values()) for masks in parts.values()]
+        elif not kwargs.get("create_graph"):
+            sums.watch(outputs)
         return grad(outputs, *args, **kwargs)
 
     def set_noted(ctx: Any, value: bool) -> None:
@@ -671,7 +695,7 @@ def trace_joint(
         _followed(rules.follow),
         _silent_fakes(),
         _recorded_sources(sums),
-        _recorded_reach() as reach,
+        _recorded_reach(sums) as reach,
         functorch_config.patch(backward_pass_autocast="off"),
     ):
         # A hit in its cache makes two tensors of outputs that are one, so that a trace would depend on those before it.

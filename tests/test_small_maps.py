@@ -110,6 +110,26 @@ def test_gradients_that_meet_on_small_maps(
     check_steps(lambda: make().to(memory_format=layout), maps)  # type: ignore[call-overload]
 
 
+class Saliency(Tokens):
+    """The gradient of an input inside of the forward: sums of gradients are in place there, too, unless recorded."""
+
+    def __init__(self, recorded: bool) -> None:
+        super().__init__()
+        self.recorded = recorded
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        out = super().forward(x)
+        (slope,) = torch.autograd.grad(out.square().sum(), x, create_graph=self.recorded, retain_graph=True)
+        return out * torch.sigmoid(slope.mean()) + slope.square().mean()
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_gradients_inside_of_a_forward_on_small_maps(recorded: bool) -> None:
+    maps = torch.empty(2, 8, 1, 1, memory_format=torch.channels_last).copy_(torch.randn(2, 8, 1, 1))
+    check_steps(lambda: Saliency(recorded).to(memory_format=torch.channels_last), maps)  # type: ignore[call-overload]
+
+
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels last", "contiguous"])
 def test_pictures_of_one_channel(layout: torch.memory_format) -> None:
     def make() -> nn.Module:
