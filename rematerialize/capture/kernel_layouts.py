@@ -32,7 +32,7 @@ def kernel_strides(
     contiguous (``suggest_memory_format``). Results of less than two dimensions don't: a loss that was reduced has no
     layout.
     """
-    if result.device.type != "cpu" or result.dim() < 2 or not result.numel():
+    if result.device.type != "cpu" or result.layout != torch.strided or result.dim() < 2 or not result.numel():
         return None
     rule = rule_for(op, args, kwargs, index, result)
     found = rule(args, result) if rule is not None else result.stride()

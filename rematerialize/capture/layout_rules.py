@@ -72,8 +72,9 @@ def _elementwise(*positions: int, numbers: int = 0, converted: bool = True) -> R
         given = [args[at] for at in positions if at < len(args)] if positions else args
         tensors = [operand for operand in given if isinstance(operand, Tensor)]
         common = result.dtype
-        if result.dtype == torch.bool:
-            common = torch.result_type(args[0], args[1]) if len(args) > 1 else args[0].dtype
+        if result.dtype == torch.bool:  # of comparisons, and of what asks one operand
+            compares = len(args) > 1 and isinstance(args[1], (Tensor, bool, int, float, complex))
+            common = torch.result_type(args[0], args[1]) if compares else args[0].dtype
         operands: list[tuple[Strides, Sequence[int]]] = [((), ())] * numbers
         for operand in tensors:
             strides = operand.stride()

@@ -15,13 +15,18 @@ import torch
 from torch import Tensor, fx
 
 from rematerialize import torch_private as private
-from rematerialize.capture.aliasing import find_aliases
+from rematerialize.capture.aliasing import find_aliases, tensors_of
 from rematerialize.capture.strides import is_dense, iterated
 
 
 def sums_in_place(joint: private.JointTrace) -> frozenset[int]:
     """Return which of a trace's sums of gradients (``meta["summed"]``, in their order) eager computes in place."""
     graph = joint.graph
+    sums = [node for node in graph.nodes if "summed" in node.meta and 1 in node.meta["val"].shape]
+    tensors = [tensor for node in graph.nodes for _, tensor in tensors_of(node.meta.get("val"))]
+    # All other sums keep the first one's layout anyway; sparse gradients are refused later.
+    if not sums or any(tensor.layout != torch.strided for tensor in tensors):
+        return frozenset()
     place = {node: at for at, node in enumerate(graph.nodes)}
     aliases = find_aliases(graph)
     last: dict[str, int] = {}  # by storage, where it is read last
@@ -43,7 +48,7 @@ def sums_in_place(joint: private.JointTrace) -> frozenset[int]:
         made = first is origin and (origin.op == "call_function" or origin in tangents)
         return made and last[aliases.single(node.args[0])] == place[node] and is_dense(value.stride(), value.shape)  # type: ignore[arg-type]
 
-    return frozenset(node.meta["summed"] for node in graph.nodes if "summed" in node.meta and alone(node))
+    return frozenset(node.meta["summed"] for node in sums if alone(node))
 
 
 # They share a storage with their argument, but aren't views of it.
