@@ -260,19 +260,20 @@ def real_layouts(
         dispatch = FakeTensorMode.dispatch
 
         def laid_out(mode: FakeTensorMode, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            known = results(op, args, kwargs or {})
+            kwargs = kwargs or {}
+            known = results(op, args, kwargs)
             if known is not None:
                 with mode:
                     return torch.empty(known.shape, dtype=known.dtype, device=args[0].device)
-            result = dispatch(mode, op, types, args, kwargs or {})
+            result = dispatch(mode, op, types, args, kwargs)
             if isinstance(result, Tensor):
                 kept = sums.strides(op, args) if sums is not None else None
                 if kept is not None:
                     return _laid_out(mode, result, kept, None)
-                return as_real(mode, op, args, kwargs or {}, 0, result)
+                return as_real(mode, op, args, kwargs, 0, result)
             if isinstance(result, tuple):
                 return tuple(
-                    as_real(mode, op, args, kwargs or {}, at, one) if isinstance(one, Tensor) else one
+                    as_real(mode, op, args, kwargs, at, one) if isinstance(one, Tensor) else one
                     for at, one in enumerate(result)
                 )
             return result

@@ -13,23 +13,16 @@ from typing import Literal
 import torch
 
 Home = Literal["rows", "sequence", "image", "pixel", "single", "gray"]
-HOMES: tuple[Home, ...] = ("rows", "sequence", "image", "pixel", "single", "gray")
-SHAPES: dict[Home, tuple[int, ...]] = {
-    "rows": (6, 12),
-    "sequence": (3, 5, 8),
-    "image": (3, 4, 6, 6),
-    "pixel": (2, 8, 1, 1),
-    "single": (1, 4, 6, 6),
-    "gray": (2, 1, 6, 6),
+# Usual and wide.
+SHAPES: dict[Home, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "rows": ((6, 12), (33, 64)),
+    "sequence": ((3, 5, 8), (4, 16, 32)),
+    "image": ((3, 4, 6, 6), (2, 8, 16, 16)),
+    "pixel": ((2, 8, 1, 1), (4, 64, 1, 1)),
+    "single": ((1, 4, 6, 6), (1, 8, 16, 16)),
+    "gray": ((2, 1, 6, 6), (3, 1, 16, 16)),
 }
-WIDE_SHAPES: dict[Home, tuple[int, ...]] = {
-    "rows": (33, 64),
-    "sequence": (4, 16, 32),
-    "image": (2, 8, 16, 16),
-    "pixel": (4, 64, 1, 1),
-    "single": (1, 8, 16, 16),
-    "gray": (3, 1, 16, 16),
-}
+HOMES: tuple[Home, ...] = tuple(SHAPES)
 
 Loss = Literal["outside", "inside", "each"]
 LOSSES: tuple[Loss, ...] = ("outside", "inside", "each")
@@ -128,7 +121,7 @@ class Recipe:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (WIDE_SHAPES if self.wide else SHAPES)[self.home]
+        return SHAPES[self.home][self.wide]
 
     @property
     def layout(self) -> torch.memory_format:

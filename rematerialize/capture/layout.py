@@ -46,9 +46,7 @@ def part_tangents(graph: fx.Graph, primals: Iterable[fx.Node], tangents: Iterabl
     for node in tangents:
         value = node.meta["val"]
         if private.storage_key(value) in taken:
-            with value.fake_mode:
-                fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-            node.meta["val"] = fresh
+            _lay_tangent(node, value)
             parted.add(node)
         taken.add(private.storage_key(node.meta["val"]))
     for node in graph.nodes if parted else ():
@@ -66,11 +64,10 @@ def eager_layouts(joint: private.JointTrace) -> None:
     for output, tangent in tangent_of.items():
         # Where an output may be taken for contiguous and for channels last, torch takes its tangent for contiguous.
         value = output.meta["val"] if output is not None else None
-        if (
-            isinstance(value, Tensor)
-            and value.stride() != tangent.meta["val"].stride()
-            and _is_laid_like(tangent, value)
-        ):
+        traced = tangent.meta["val"]
+        if not isinstance(value, Tensor) or traced.shape != value.shape:
+            continue
+        if traced.stride() != value.stride() and laid_alike(traced.stride(), value):
             _lay_tangent(tangent, value)
             changed.add(tangent)
     for node in list(joint.graph.nodes):
@@ -87,12 +84,8 @@ def eager_layouts(joint: private.JointTrace) -> None:
             changed.add(tangent_of[node])
 
 
-def _is_laid_like(tangent: fx.Node, value: Tensor) -> bool:
-    traced = tangent.meta["val"]
-    return traced.shape == value.shape and laid_alike(traced.stride(), value)
-
-
 def _lay_tangent(tangent: fx.Node, value: Any) -> None:
+    """Give a fake tangent a storage of its own, in the layout of a value."""
     with value.fake_mode:
         fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     tangent.meta["val"] = fresh

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rematerialize.capture.strides import Strides, channels_last, in_order, iterated, laid_alike, viewed, walked
+from rematerialize.capture.strides import (
+    Strides,
+    channels_last,
+    in_order,
+    iterated,
+    kept,
+    laid_alike,
+    taken_for,
+    viewed,
+)
 
 aten = torch.ops.aten
 
@@ -36,12 +45,7 @@ def _normed(position: int) -> Rule:
 
     def rule(args: Sequence[Any], result: Tensor) -> Strides:
         value: Tensor = args[position]
-        dims = range(value.dim())
-        for order in (dims, [0, *dims[2:], 1]) if value.dim() in (4, 5) else (dims,):
-            dense = in_order(order, value.shape)
-            if laid_alike(dense, value):
-                return dense
-        return _suggested(position)(args, result)
+        return taken_for([value.stride()], value.shape, maps=(4, 5)) or _suggested(position)(args, result)
 
     return rule
 
@@ -56,7 +60,7 @@ def _like(position: int) -> Rule:
 
     def rule(args: Sequence[Any], result: Tensor) -> Strides:
         like: Tensor = args[position]
-        return walked([like.stride()], like.shape) if like.shape == result.shape else result.stride()
+        return kept(like.stride(), like.shape) if like.shape == result.shape else result.stride()
 
     return rule
 
@@ -79,7 +83,7 @@ def _elementwise(*positions: int, numbers: int = 0, converted: bool = True) -> R
         for operand in tensors:
             strides = operand.stride()
             as_is = operand.dtype == common or not converted
-            operands.append((strides if as_is else walked([strides], operand.shape), operand.shape))
+            operands.append((strides if as_is else kept(strides, operand.shape), operand.shape))
         return iterated(operands, result.shape)
 
     return rule
@@ -141,7 +145,7 @@ def _turned(args: Sequence[Any], result: Tensor) -> Strides:
     times, dims = (args[1] if len(args) > 1 else 1) % 4, args[2] if len(args) > 2 else (0, 1)
     if not times:
         return _contiguous(args, result)
-    strides = [*walked([args[0].stride()], args[0].shape)]
+    strides = [*kept(args[0].stride(), args[0].shape)]
     if times != 2:
         strides[dims[0]], strides[dims[1]] = strides[dims[1]], strides[dims[0]]
     return strides

@@ -31,14 +31,12 @@ def channels_last(value: Tensor) -> bool:
     return True
 
 
-def walked(operands: Sequence[Strides], shape: Sequence[int], alike: bool = True) -> Strides:
+def walked(operands: Sequence[Strides], shape: Sequence[int]) -> Strides:
     """Return strides of what ATen's TensorIterator allocates for operands of some strides, all of the result's shape.
 
     Dimensions go from inner to outer by the strides of the first operand that tells two of them apart; one that is
     broadcast along a dimension doesn't.
     """
-    if alike and len(set(map(tuple, operands))) == 1 and is_dense(operands[0], shape):
-        return operands[0]
     inner_to_outer = list(reversed(range(len(shape))))
     for at in range(1, len(shape)):
         moved = at
@@ -71,15 +69,30 @@ def iterated(operands: Sequence[tuple[Strides, Sequence[int]]], shape: Sequence[
     Where all operands have the result's shape, it has ways of its own: contiguous, channels last, or all alike.
     """
     if all(tuple(of) == tuple(shape) for _, of in operands):
-        dims = range(len(shape))
-        orders = [dims, *([[0, 2, 3, 1]] if len(shape) == 4 else [])]
-        for dense in (in_order(order, shape) for order in orders):
-            if all(_same_places(strides, dense, shape) for strides, _ in operands):
-                return dense
-        first = operands[0][0]
-        if all(tuple(strides) == tuple(first) and is_dense(strides, shape) for strides, _ in operands):
+        first, *others = (strides for strides, _ in operands)
+        dense = taken_for([first, *others], shape, maps=(4,))
+        if dense is not None:
+            return dense
+        if all(tuple(strides) == tuple(first) for strides in others) and is_dense(first, shape):
             return first
-    return walked([_broadcast(strides, of, shape) for strides, of in operands], shape, alike=False)
+    return walked([_broadcast(strides, of, shape) for strides, of in operands], shape)
+
+
+def kept(strides: Strides, shape: Sequence[int]) -> Strides:
+    """Return strides of what ``empty_like`` makes of a tensor: its own where it has no gaps, else its order's."""
+    return strides if is_dense(strides, shape) else walked([strides], shape)
+
+
+def taken_for(operands: Sequence[Strides], shape: Sequence[int], maps: Sequence[int]) -> Strides | None:
+    """Return contiguous strides where all operands may be taken for that, or else those of channels last, for shapes
+    of so many dimensions; None where neither.
+    """
+    dims = range(len(shape))
+    for order in (dims, [0, *dims[2:], 1]) if len(shape) in maps else (dims,):
+        dense = in_order(order, shape)
+        if all(_same_places(strides, dense, shape) for strides in operands):
+            return dense
+    return None
 
 
 def viewed(strides: Strides, shape: Sequence[int], new_shape: Sequence[int]) -> Strides | None:
