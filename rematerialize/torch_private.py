@@ -265,7 +265,15 @@ def real_layouts(
             if known is not None:
                 with mode:
                     return torch.empty(known.shape, dtype=known.dtype, device=args[0].device)
-            result = dispatch(mode, op, types, args, kwargs)
+            try:
+                result = dispatch(mode, op, types, args, kwargs)
+            except ValueError:
+                if op is not torch.ops.aten.view.default or not _functionalized_op().endswith("_"):
+                    raise
+                # In eager an op in place writes through a view. A trace has a new value, in a layout of its own, that
+                # it views as the base.
+                with mode:
+                    return torch.empty(args[1], dtype=args[0].dtype, device=args[0].device)
             if isinstance(result, Tensor):
                 kept = sums.strides(op, args) if sums is not None else None
                 if kept is not None:

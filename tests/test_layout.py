@@ -234,3 +234,18 @@ def test_rows_of_what_was_filled_in_place_are_read_before_it_is_written_over() -
     x = torch.randn(3, 4, 6, 6)
     for layout in (torch.channels_last, torch.contiguous_format):
         check_steps(Average, x.contiguous(memory_format=layout))
+
+
+class FillsHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.attention(x, x, x)[0].reshape(x.shape)  # a transposed view of rows
+        return hidden.masked_fill_(hidden.detach() > 0.1, 0.25)
+
+
+def test_a_view_of_rows_is_filled_in_place() -> None:
+    """masked_fill() returns a contiguous tensor, which can't be viewed as the rows."""
+    check_steps(FillsHeads, torch.randn(3, 5, 4))

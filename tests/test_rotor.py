@@ -143,6 +143,23 @@ def test_plans_of_a_uniform_chain_reach_far_below_store_all() -> None:
     assert any(full // 3 < peak <= full // 2 for peak in peaks)
 
 
+def test_what_all_stages_read_is_no_part_of_what_goes_from_one_to_the_next() -> None:
+    """A transformer's mask and rotary embeddings: rotor's users hand them to every module of their sequence."""
+
+    def least(shared: int) -> float:
+        tape = graphs.Tape()
+        x = tape.input("x", 1 << 20)
+        masks = [tape.op([x], 1 << 10, 1e-3, "i") for _ in range(shared)]
+        for _ in range(50):
+            x = tape.op([x, *masks], 1 << 20, 1e-3, "i", 64)
+        step = compile_step(tape.graph(tape.op([x], 4, 1e-6, "i")))
+        assert all(len(values) <= 1 for values in Stages(step, STAGES).crossing[2:])
+        full = step.peak_bytes(step.store_all())
+        return min(step.peak_bytes(plan) for plan in rotor(step, (full // 2,))) / full
+
+    assert least(4) == pytest.approx(least(0), rel=0.05)
+
+
 def test_a_very_long_chain_is_cut_to_a_bounded_number_of_stages() -> None:
     step = compile_step(graphs.chain(20_000))
     start = time.monotonic()

@@ -73,7 +73,7 @@ def eager_layouts(joint: private.JointTrace) -> None:
     for node in list(joint.graph.nodes):
         if node.op != "call_function":
             continue
-        if any(source in changed for source in node.all_input_nodes):
+        if any(source in changed for source in node.all_input_nodes) or _is_unlike_a_view(node):
             follow(node, changed)
         strides = _eager_strides(node)
         if strides is not None:
@@ -82,6 +82,14 @@ def eager_layouts(joint: private.JointTrace) -> None:
         if node in changed and node in tangent_of:
             _lay_tangent(tangent_of[node], node.meta["val"])
             changed.add(tangent_of[node])
+
+
+def _is_unlike_a_view(node: fx.Node) -> bool:
+    """Whether a trace gave a view a storage of its own: there the layout of what it looks at allowed none."""
+    if node.target is not aten.view.default:
+        return False
+    looked_at = node.args[0].meta["val"]  # type: ignore[union-attr]
+    return private.storage_key(node.meta["val"]) != private.storage_key(looked_at)
 
 
 def _lay_tangent(tangent: fx.Node, value: Any) -> None:

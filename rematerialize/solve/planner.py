@@ -26,6 +26,7 @@ NEARER = (3, 5, 9, 14, 17, 25, 35)  # and on small steps: on large ones plans ar
 STEEP = 3  # levels at the minimum for which plans from store-all down are tried, too
 TWICE = ("chain", "descent")  # the solvers that plan larger steps in two orders
 EXACTLY = "descent"  # the solver that goes down to the very levels it is asked for: once more, when they are known
+DOWN_TO, SETTLE = ("sweep", "descent"), 3  # are asked for the least peak so far, this often at most
 LOWER = 5  # turns at most in which small steps' lowest plans are lowered once more after the search around them,
 LOWEST = 3  # from how many of these
 HIGHER = 2  # plans of the portfolio above a level between two others from which a descent to it starts
@@ -144,6 +145,7 @@ class Planner:
         levels: list[Point] = []
         if self._polisher and not self._late():
             points += self._polisher.squeeze(points, self._by_depth())
+            points += self._settled(run, min(point.peak_bytes for point in points) // unit)
             least = min(point.peak_bytes for point in points)
             stride = self._polisher.effort.stride
             wanted = [least + (high - least) * part // LEVELS for part in range(1, LEVELS)][::stride]
@@ -179,6 +181,18 @@ class Planner:
             elif turn:
                 break
         return points, levels
+
+    def _settled(self, run: Callable[[str, Sequence[int]], list[Point]], level: int) -> list[Point]:
+        """Return plans at the least memory so far, in scaled bytes, or lower, of solvers that get there if asked to."""
+        points: list[Point] = []
+        for _ in range(SETTLE):
+            found = [point for name in DOWN_TO if name in self._solvers for point in run(name, [level])]
+            points += found
+            least = min((point.peak_bytes // self._flat.scale for point in found), default=level)
+            if least >= level:
+                break
+            level = least
+        return points
 
     def _by_depth(self) -> list[Point]:
         """Return small steps' plans that store everything, in orders that the portfolio doesn't try."""

@@ -1,15 +1,16 @@
 """A training step seen as a chain of stages (`rematerialize.solve.problem`).
 
-The forward is cut where as few values as possible cross: one where that gives a chain at all, which is
-what a network written as a sequence of modules hands from one to the next. Whatever the chain's model
-leaves out is left to the judge: an order of stages is always a valid order of ops, and its peak is
-computed from the step.
+The forward is cut where as few values as possible cross: one where that gives stages fine enough, which is
+what a network written as a sequence of modules hands from one to the next. What a network hands to all its
+modules (a mask, rotary embeddings, the encoder's output) is no part of that: it stays once it is made.
+Whatever the chain's model leaves out is left to the judge: an order of stages is always a valid order of
+ops, and its peak is computed from the step.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -19,8 +20,9 @@ from rematerialize.solve.native import FlatStep
 from rematerialize.solve.problem import Action, Chain
 from rematerialize.solve.step import Plan, Step
 
-FEW = 4  # fewer cuts than this make no chain
 WIDEST = 3  # most values that may cross a cut
+COARSER = 2  # fewer may cross, if that makes the largest stage no larger than by this factor
+SHARED_USERS, SHARED_SPAN = 3, 4  # a value that this many ops read over a quarter of the forward is for all stages
 LONGEST = 30  # plans that run more forward ops than this many times the step's are not worth having
 MOST_OPS = 600_000  # but of long steps shorter ones are
 
@@ -67,9 +69,9 @@ class Stages:
         self._at = {op: at for at, op in enumerate(self.forward)}
         self._back_at = {op: at for at, op in enumerate(self.backward)}
         self._levels = self._backward_levels()
-        self._reach = {
-            v: self._reach_of(v) for op in self.forward for v in step.outputs[op] if not self.step.permanent(v)
-        }
+        reach = {v: self._reach_of(v) for op in self.forward for v in step.outputs[op] if not step.permanent(v)}
+        self._shared = self._for_all_stages(reach)
+        self._reach = {v: last for v, last in reach.items() if v not in self._shared}
         self.cuts = self._choose(limit)
         self.crossing = self._crossing()
         lows = [-level for level in self._levels]  # rises
@@ -87,6 +89,7 @@ class Stages:
         """Return the ops of each stage: all, those that can run again, and the backward's."""
         ops, after = np.array(self.forward, dtype=np.int64), np.array(self.backward, dtype=np.int64)
         again = np.array(self.step.recomputable, dtype=bool)[ops]
+        again &= np.array([self._shared.isdisjoint(self.step.outputs[op]) for op in self.forward], dtype=bool)
         found = []
         for stage, (start, stop) in enumerate(pairwise(self.cuts)):
             run = ops[start:stop]
@@ -143,6 +146,21 @@ class Stages:
                 return len(self.forward)
         return reach
 
+    def _for_all_stages(self, reach: Mapping[int, int]) -> frozenset[int]:
+        """Return the values that ops all over the forward read, of ops that make nothing else."""
+        step, shared = self.step, set()
+        for op in self.forward:
+            for value in step.outputs[op] if len(step.outputs[op]) == 1 else ():
+                readers = [self._at[user] for user in step.users[value] if user in self._at]
+                span = max(readers, default=0) - self._at[op]
+                if value in reach and len(readers) >= SHARED_USERS and span * SHARED_SPAN > len(self.forward):
+                    shared.add(value)
+        return frozenset(shared)
+
+    def _stays(self, value: int) -> bool:
+        """Whether no chain decides over a forward value once it is made."""
+        return value in self._shared or self.step.permanent(value)
+
     def _choose(self, limit: int) -> list[int]:
         """Return the ends of the stages: few values cross, few bytes, and those saved for the backward anyway."""
         count, size = len(self.forward), self.step.size_bytes
@@ -157,12 +175,9 @@ class Stages:
         for at in range(1, count + 1):
             number[at] += number[at - 1]
             total[at] += total[at - 1]
-        narrow: list[int] = []
-        for width in range(1, WIDEST + 1):
-            wider = [at for at in range(1, count) if number[at] <= width]
-            if len(narrow) >= FEW or len(wider) == len(narrow):
-                break
-            narrow = wider
+        by_width = [[at for at in range(1, count) if number[at] <= width] for width in range(1, WIDEST + 1)]
+        widest = [max(b - a for a, b in pairwise([0, *cuts, count])) for cuts in by_width]
+        narrow = next(cuts for cuts, ops in zip(by_width, widest, strict=True) if ops <= COARSER * widest[-1])
         parts = min(limit - 1, len(narrow))
         edges = [len(narrow) * part // parts for part in range(parts + 1)] if parts > 0 else []
         chosen = [min(narrow[low:high], key=lambda at: (total[at], at)) for low, high in pairwise(edges)]
@@ -180,12 +195,12 @@ class Stages:
         step = self.step
         running, between = self._gradients()
         self.lasting_bytes = between[-1]
-        before = sum(step.size_bytes[v] for op in self.forward for v in step.outputs[op] if self.step.permanent(v))
+        before = sum(step.size_bytes[v] for op in self.forward for v in step.outputs[op] if self._stays(v))
         forward_s, backward_s, saved, transit_peak, saving_peak, backward_peak = [], [], [], [], [], []
         for stage, (start, stop) in enumerate(pairwise(self.cuts)):
             ops = self.forward[start:stop]
             after = self.backward[self.bounds[stage + 1] : self.bounds[stage]]
-            made = {v for op in ops for v in step.outputs[op] if not self.step.permanent(v)}
+            made = {v for op in ops for v in step.outputs[op] if not self._stays(v)}
             keep = made.intersection(self.crossing[stage + 1].union(*(step.inputs[op] for op in after)))
             forward_s.append(step.duration_s(ops))
             backward_s.append(step.duration_s(after))
@@ -218,7 +233,7 @@ class Stages:
         made: set[int] = set()
         live = peak = 0
         for at, op in enumerate(run):
-            fresh = [v for v in step.outputs[op] if not self.step.permanent(v)]
+            fresh = [v for v in step.outputs[op] if not self._stays(v)]
             made.update(fresh)
             live += sum(size[v] for v in fresh)
             peak = max(peak, live + step.transient_bytes[op])
@@ -239,7 +254,7 @@ class Stages:
             last = max((self._back_at[u] for u in users if u in self._back_at), default=-1)
             birth = self._back_at.get(producer, 0)
             if producer in self._at:
-                if not self.step.permanent(value):
+                if not self._stays(value):
                     continue
                 # Ops run again may read it as long as their level isn't done with.
                 last = max(last, bisect_right(lows, -self._at[producer]) - 1)
