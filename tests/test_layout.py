@@ -249,3 +249,17 @@ class FillsHeads(nn.Module):
 def test_a_view_of_rows_is_filled_in_place() -> None:
     """masked_fill() returns a contiguous tensor, which can't be viewed as the rows."""
     check_steps(FillsHeads, torch.randn(3, 5, 4))
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_a_pool_over_time_is_laid_out_as_eagers(needs_gradient: bool) -> None:
+    class Pools(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            pooled = F.max_pool1d(x.transpose(1, 2), 3, 1, 1)
+            return pooled, self.layer(pooled.transpose(1, 2).reshape(-1, 5)).tanh()
+
+    check_steps(Pools, torch.randn(3, 8, 5).requires_grad_(needs_gradient))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -17,6 +18,9 @@ from rematerialize.capture.explain import looks_at_values
 from rematerialize.capture.kernel_layouts import DRAWS
 from rematerialize.capture.refusals import asking_user, formatted, refuse_before, refuse_other_layouts
 from rematerialize.errors import CaptureError
+
+# As torch functions see them: the second calls the first, unseen.
+_POOLS_OF_ROWS = (torch.max_pool1d, F.max_pool1d)
 
 
 class watched_calls(TorchFunctionMode):
@@ -62,6 +66,9 @@ class watched_calls(TorchFunctionMode):
             raise
         if isinstance(generator, torch.Generator) and self.drew is not None:
             self.drew(generator)
+        if func in _POOLS_OF_ROWS and not result.requires_grad and result.device.type == "cpu":
+            # Without a gradient eager takes a kernel of its own, in rows; a trace never does.
+            result = result.contiguous()
         refuse_other_layouts(result)
         # Torch's own trace of the draw in place takes no generator.
         return result if draw is None else args[0].copy_(result)
