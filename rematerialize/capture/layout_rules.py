@@ -205,6 +205,8 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten.pow.Scalar: {0: _contiguous},
     aten.masked_fill.Scalar: {0: _contiguous},
     aten.grid_sampler_2d.default: {0: _contiguous},
+    aten.im2col.default: {0: _contiguous},
+    aten.isinf.default: {0: _elementwise(0)},
     aten.glu_backward.default: {0: _contiguous},
     aten.poisson.default: {0: _contiguous},
     aten._standard_gamma.default: {0: _contiguous},
@@ -246,6 +248,9 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten.upsample_trilinear3d.default: {0: _suggested(0)},
     aten.upsample_bilinear2d.default: {0: _suggested(0)},
     aten.upsample_bicubic2d.vec: {0: _suggested(0)},
+    aten.fill.Scalar: {0: _like(0)},
+    aten.fill.Tensor: {0: _like(0)},
+    aten.hardswish.default: {0: _elementwise(0)},
     aten.hardsigmoid_backward.default: {0: _elementwise(0, 1)},
     aten.polar.default: {0: _elementwise(0, 1, converted=False)},
     aten.complex.default: {0: _elementwise(0, 1, converted=False)},
@@ -281,7 +286,7 @@ RULES: dict[Any, dict[int, Rule]] = {
 }
 
 # Pointwise ops that take a number as it is, though their names speak of one.
-_NUMBER_IN_KERNEL = frozenset({aten.pow.Tensor_Scalar, aten.lerp.Scalar, aten.fill.Scalar})
+_NUMBER_IN_KERNEL = frozenset({aten.pow.Tensor_Scalar, aten.lerp.Scalar})
 # They take a memory format, and keep that of their argument unless given one.
 _COPIES = frozenset(
     {
