@@ -48,6 +48,7 @@ KNOWN = {
         "what a trace has for a draw in place: given the layout of its argument (`capture/layout.py`)",
     ),
     "conj_physical": "of real numbers, which a trace never asks for",
+    "isinf.": "made of abs and eq",
     "_add_relu": "of quantized models",
     "_chunk_cat": "of sharded optimizers",
     "_unsafe_index": "of compiled interpolation",

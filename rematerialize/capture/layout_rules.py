@@ -206,7 +206,6 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten.masked_fill.Scalar: {0: _contiguous},
     aten.grid_sampler_2d.default: {0: _contiguous},
     aten.im2col.default: {0: _contiguous},
-    aten.isinf.default: {0: _elementwise(0)},
     aten.glu_backward.default: {0: _contiguous},
     aten.poisson.default: {0: _contiguous},
     aten._standard_gamma.default: {0: _contiguous},
