@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -24,7 +25,8 @@ from rematerialize.plans import Plan
 from rematerialize.prepare import home_of
 from rematerialize.targets.factory import blame
 
-ROUNDS = 5
+ROUNDS, MOST_ROUNDS = 5, 40  # as many in between as fit into
+ENOUGH_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def planned_forward(model: nn.Module, plan: Plan, example_inputs: Any) -> Callab
 
 
 def try_plans(
-    model: nn.Module, example_inputs: Any, plans: Sequence[Plan], *, rounds: int = ROUNDS, seed: int = 0
+    model: nn.Module, example_inputs: Any, plans: Sequence[Plan], *, seed: int = 0
 ) -> tuple[Trial, tuple[Trial, ...]]:
     """Run the model as it is and under each plan, in turns, after a step of each that isn't measured.
 
@@ -104,6 +106,10 @@ def try_plans(
             eager.step(seed)
         for stepper in steppers[1:]:
             stepper.step(seed)  # unmeasured: whatever a first step does besides is done by then
+        start = time.perf_counter()
+        for stepper in steppers:
+            stepper.step(seed)
+        rounds = min(max(int(ENOUGH_S / (time.perf_counter() - start)), ROUNDS), MOST_ROUNDS)
         peaks = [measure_step_peak(stepper, seed=seed, device=str(device)).peak_bytes for stepper in steppers]
         runs = {str(at): functools.partial(stepper.step, seed) for at, stepper in enumerate(steppers)}
         wait = torch.cuda.synchronize if device.type == "cuda" else None

@@ -263,3 +263,17 @@ def test_a_pool_over_time_is_laid_out_as_eagers(needs_gradient: bool) -> None:
             return pooled, self.layer(pooled.transpose(1, 2).reshape(-1, 5)).tanh()
 
     check_steps(Pools, torch.randn(3, 8, 5).requires_grad_(needs_gradient))
+
+
+class Encodes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 4)
+
+    def forward(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        codes = F.one_hot(classes.t(), 5)
+        return codes, self.layer(codes.float())
+
+
+def test_codes_of_transposed_classes_are_laid_out_as_eagers() -> None:
+    check_steps(Encodes, torch.randint(0, 5, (3, 6)))

@@ -135,9 +135,18 @@ def _rolled(args: Sequence[Any], result: Tensor) -> Strides:
     return value.stride()
 
 
-def _vector_norm(args: Sequence[Any], result: Tensor) -> Strides:
-    """Along a dimension of one element it is the absolute value."""
-    return _contiguous(args, result) if result.shape == args[0].shape else result.stride()
+def _matrix_exp(args: Sequence[Any], result: Tensor) -> Strides:
+    """Of matrices of one element it is the exponential of each."""
+    return _elementwise(0)(args, result) if result.shape[-2:] == (1, 1) else result.stride()
+
+
+def _pooled3d(args: Sequence[Any], result: Tensor) -> Strides:
+    """One volume is looked at as a batch of one."""
+    if result.dim() == 5:
+        return _suggested(0)(args, result)
+    batch = args[0].unsqueeze(0)
+    last = not batch.is_contiguous() and batch.is_contiguous(memory_format=torch.channels_last_3d)
+    return in_order([1, 2, 3, 0] if last else range(4), result.shape)
 
 
 def _turned(args: Sequence[Any], result: Tensor) -> Strides:
@@ -247,6 +256,9 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten.upsample_trilinear3d.default: {0: _suggested(0)},
     aten.upsample_bilinear2d.default: {0: _suggested(0)},
     aten.upsample_bicubic2d.vec: {0: _suggested(0)},
+    aten.linalg_matrix_exp.default: {0: _matrix_exp},
+    aten.max_pool3d_with_indices.default: {0: _pooled3d, 1: _pooled3d},
+    aten.norm.ScalarOpt_dim: {0: _contiguous},
     aten.fill.Scalar: {0: _like(0)},
     aten.fill.Tensor: {0: _like(0)},
     aten.hardswish.default: {0: _elementwise(0)},
@@ -266,7 +278,7 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten.mvlgamma.default: {0: _plainly},
     aten.rot90.default: {0: _turned},
     aten.glu.default: {0: _gated},
-    aten.linalg_vector_norm.default: {0: _vector_norm},
+    aten.linalg_vector_norm.default: {0: _contiguous},
     aten.sort.default: {0: _like(0), 1: _like(0)},
     aten.sort.stable: {0: _like(0), 1: _like(0)},
     aten.nll_loss2d_backward.default: {0: _contiguous},

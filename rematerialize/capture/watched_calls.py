@@ -69,6 +69,8 @@ class watched_calls(TorchFunctionMode):
         if func in _POOLS_OF_ROWS and not result.requires_grad and result.device.type == "cpu":
             # Without a gradient eager takes a kernel of its own, in rows; a trace never does.
             result = result.contiguous()
+        if func is F.one_hot:
+            result = result.contiguous()  # eager scatters into fresh memory, a trace compares
         refuse_other_layouts(result)
         # Torch's own trace of the draw in place takes no generator.
         return result if draw is None else args[0].copy_(result)
