@@ -151,13 +151,24 @@ def test_what_a_measured_step_raises_is_told_as_the_models() -> None:
         remat.profile(Moody(), (torch.randn(ROWS, WIDTH),), measure=True)
 
 
-@pytest.mark.parametrize(("slower", "says"), [(1.1, False), (2.0, True), (0.5, True)])
-def test_a_time_that_is_far_off_says_what_the_prediction_counts(slower: float, says: bool) -> None:
+def test_a_steps_time_is_its_kernels_and_what_every_call_takes_besides() -> None:
     found = profiled()
-    measured = Measured(found.activation_peak_bytes, found.timeline.time_s * slower, 1, 1.0)
-    rows = dict(replace(found, measured=measured).overview())
-    assert ("of kernels and views, without autograd and checks" in rows["measured step"]) == says
-    assert "kernels" not in rows["measured activations"]
+    assert 0 < found.call_s < 1
+    assert found.step_s == found.timeline.time_s + found.call_s == found.figures()["step_s"]
+    rows = dict(replace(found, measured=Measured(found.activation_peak_bytes, found.step_s, 1, 1.0)).overview())
+    assert rows["measured step"].endswith("(prediction +0.0%)")
+    assert "checks and autograd" in rows
+
+
+def test_a_device_that_isnt_here_has_no_time_between_kernels() -> None:
+    found = remat.profile(nn.Linear(4, 4), (torch.randn(2, 4),), device="NVIDIA H100 80GB")
+    assert found.call_s == 0
+    assert "checks and autograd" not in dict(found.overview())
+
+
+def test_calls_of_many_parameters_take_longer() -> None:
+    few, many = (nn.Sequential(*[nn.Linear(4, 4) for _ in range(count)]) for count in (1, 200))
+    assert remat.profile(few, (torch.randn(2, 4),)).call_s < remat.profile(many, (torch.randn(2, 4),)).call_s
 
 
 def test_a_peak_outside_of_the_users_lines_and_a_module_of_a_number_are_told_as_such() -> None:

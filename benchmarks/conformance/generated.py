@@ -56,6 +56,7 @@ KNOWN = {
     "huber_loss.": "of inputs that are broadcast: the functional form expands them first",
     "fft_": "the stride of a complex dimension of one element",
     "_fft_": "the stride of a complex dimension of one element",
+    "rrelu_with_noise_backward": "of noise that is broadcast",
     "native_dropout": "of other devices: on CPUs dropout is made of other ops",
     "one_hot": "made of a comparison in a trace: given eager's layout where it is called",
     "log_sigmoid_backward": "a gradient that is broadcast: autograd gives whole ones",

@@ -259,6 +259,8 @@ RULES: dict[Any, dict[int, Rule]] = {
     aten.linalg_matrix_exp.default: {0: _matrix_exp},
     aten.max_pool3d_with_indices.default: {0: _pooled3d, 1: _pooled3d},
     aten.norm.ScalarOpt_dim: {0: _contiguous},
+    aten.rsub.Tensor: {0: _elementwise(1, 0)},
+    aten.zero.default: {0: _like(0)},
     aten.fill.Scalar: {0: _like(0)},
     aten.fill.Tensor: {0: _like(0)},
     aten.hardswish.default: {0: _elementwise(0)},
