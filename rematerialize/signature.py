@@ -75,13 +75,19 @@ def _part(module: nn.Module, outer: bool, numbers: dict[int, int], tensors: list
     """What a trace bakes in of one module: itself, its mode, plain attributes, ties, hooks of inner modules."""
     own = vars(module)
     members = [t for t in (*own["_parameters"].values(), *own["_buffers"].values()) if t is not None]
-    added = [(k, v) for k, v in own.items() if k not in _TORCH_OWN]
-    members += [v for _, v in added if isinstance(v, Tensor) and v.grad_fn is None]
+    plain: list[tuple[str, type, object]] = []
+    for name, value in own.items():  # in one pass: this is where a call's checks spend their time
+        if name in _TORCH_OWN:
+            continue
+        kind = type(value)
+        if kind in _PLAIN_TYPES:
+            plain.append((name, kind, value))
+        elif isinstance(value, Tensor) and value.grad_fn is None:
+            members.append(value)
     tensors.extend(members)
     ties = tuple([numbers.setdefault(id(member), len(numbers)) for member in members])
-    plain = tuple([(k, type(v), v) for k, v in added if type(v) in _PLAIN_TYPES])
-    hooks = () if outer else tuple([number for kind in _HOOKS for number in own[kind]])
-    return (id(module), own["training"], plain, ties, hooks)
+    hooks = () if outer else tuple([number for table in _HOOKS for number in own[table]])
+    return (id(module), own["training"], tuple(plain), ties, hooks)
 
 
 def _modes() -> Hashable:
