@@ -41,6 +41,7 @@ from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._library import simple_registry
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd.function import FunctionCtx
@@ -288,6 +289,8 @@ def real_layouts(
 
         def as_real(mode: FakeTensorMode, op: Any, args: Any, kwargs: Any, at: int, fake: Tensor) -> Tensor:
             found, dtype = strides(op, args, kwargs, at, fake), dtypes(op, args, at, fake)
+            if at == 0 and _is_written_over(op, args, fake, fake.stride() if found is None else found):
+                return _laid_out(mode, fake, args[0].stride(), dtype)
             if found is not None and args and isinstance(args[0], Tensor) and storage_key(fake) == storage_key(args[0]):
                 with mode:
                     return fake.as_strided(fake.shape, found, fake.storage_offset())
@@ -298,6 +301,17 @@ def real_layouts(
             yield
         finally:
             FakeTensorMode.dispatch = dispatch  # type: ignore[method-assign]
+
+
+def _is_written_over(op: Any, args: Sequence[Any], result: Tensor, strides: Sequence[int]) -> bool:
+    """Whether an op of another layout stands for one in place on a whole tensor, which keeps its own in eager: formulas
+    of the backward ask for it.
+    """
+    target = args[0] if args else None
+    if not isinstance(target, Tensor) or tuple(strides) == target.stride() or not returns_new_tensors(op):
+        return False
+    alike = (target.shape, target.dtype) == (result.shape, result.dtype)
+    return alike and is_non_overlapping_and_dense_or_false(target) and _functionalized_op() == _in_place_name(op)
 
 
 def _laid_out(mode: FakeTensorMode, fake: Tensor, strides: Sequence[int] | None, dtype: torch.dtype | None) -> Tensor:
@@ -376,9 +390,7 @@ def _recorded_sources(sums: _Sums) -> Iterator[None]:
         if not torch.is_grad_enabled():
             node.meta["no_grad"] = True
         # Not transpose_ and its like, which change no values: what they return is a view, laid out as it says.
-        if returns_new_tensors(node.target) and _functionalized_op() == (
-            f"{node.target._schema.name.removesuffix('_functional')}_"
-        ):
+        if returns_new_tensors(node.target) and _functionalized_op() == _in_place_name(node.target):
             node.meta["in_place"] = True
         sums.note(node)
         return node
@@ -401,6 +413,10 @@ def _functionalized_op() -> str:
             return str(getattr(getattr(frame.f_locals.get("func"), "_schema", None), "name", ""))
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+def _in_place_name(op: torch._ops.OpOverload) -> str:
+    return f"{op._schema.name.removesuffix('_functional')}_"
 
 
 def generator_key(generator: torch.Generator) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rematerialize import wrap
 from rematerialize.prepare import PreparedStep, bind_inputs, prepare
 from rematerialize.torch_private import storage_key
-from tests.twins import at_minimum, check_steps, plans_of, twins
+from tests.twins import at_minimum, check_steps, plans_of, total, twins
 
 pytestmark = pytest.mark.usefixtures("quick_plans")
 
@@ -277,3 +277,31 @@ class Encodes(nn.Module):
 
 def test_codes_of_transposed_classes_are_laid_out_as_eagers() -> None:
     check_steps(Encodes, torch.randint(0, 5, (3, 6)))
+
+
+class NormsFilled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x * 1.0
+        hidden.masked_fill_(hidden.detach() > 0.5, 0.25)
+        normed = self.norm(hidden * 1.0)
+        return normed * 0.5 + normed.mean(-1, keepdim=True).sum()
+
+
+def test_formulas_see_what_was_filled_in_place_in_its_own_layout() -> None:
+    """A norm's gradient is laid out for its input. Taken for contiguous, as masked_fill() returns it, that gradient was
+    read in the wrong order.
+    """
+    x = torch.randn(3, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    (expected,), (gradient,) = (
+        torch.autograd.grad(total(model(given)), given)
+        for model, given in zip(
+            (twins(NormsFilled)[0], at_minimum(twins(NormsFilled)[1], x.clone().requires_grad_())),
+            (x.clone().requires_grad_(), x.clone().requires_grad_()),
+            strict=True,
+        )
+    )
+    assert torch.equal(gradient, expected)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from rematerialize import torch_private as private
-from rematerialize.capture.random import follow
+from rematerialize.capture.random import computed, follow
 from rematerialize.capture.strides import in_order, is_dense, laid_alike
 
 aten = torch.ops.aten
@@ -108,10 +108,11 @@ def _eager_strides(node: fx.Node) -> tuple[int, ...] | None:
         return None if node.args[1] or value.is_contiguous() else tuple(in_order(range(value.dim()), value.shape))
     if not node.meta.get("in_place"):
         return None
-    like = source.meta["val"]
-    if (like.shape, like.dtype) != (value.shape, value.dtype) or like.stride() == value.stride():
+    like, kernels = source.meta["val"], computed(node)
+    if (like.shape, like.dtype) != (value.shape, value.dtype) or like.stride() == kernels.stride():
         return None
-    return tuple(like.stride()) if is_dense(like.stride(), like.shape) or _goes_on(node, source) else None
+    traced = value.stride() == like.stride()  # eager's already, since formulas of the backward ask for it
+    return tuple(like.stride()) if traced or is_dense(like.stride(), like.shape) or _goes_on(node, source) else None
 
 
 def _goes_on(node: fx.Node, source: fx.Node) -> bool:
@@ -123,10 +124,11 @@ def _goes_on(node: fx.Node, source: fx.Node) -> bool:
 
 def _restore(graph: fx.Graph, node: fx.Node, strides: tuple[int, ...]) -> None:
     """The op's result goes to a node of its own; ``node`` becomes the copy in the right layout."""
-    value = node.meta["val"]
+    value = computed(node)
     with graph.inserting_before(node):
-        computed = graph.call_function(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-    computed.meta.update(node.meta)
-    node.target, node.args, node.kwargs = lay_out, (computed, list(value.shape), list(strides)), {}
+        kernel = graph.call_function(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    kernel.meta.update(node.meta)
+    kernel.meta["val"] = value
+    node.target, node.args, node.kwargs = lay_out, (kernel, list(value.shape), list(strides)), {}
     with value.fake_mode:
         node.meta["val"] = lay_out(value, list(value.shape), list(strides))

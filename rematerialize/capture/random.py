@@ -55,7 +55,7 @@ def fill_in_eager_layout(graph: fx.Graph) -> None:
             source = node.args[0].meta["val"]
             node.target = bernoulli_as
             if source.stride() != node.meta["val"].stride():
-                node.meta["val"] = _computed(node)
+                node.meta["val"] = computed(node)
                 changed.add(node)
         elif any(source in changed for source in node.all_input_nodes):
             follow(node, changed)
@@ -64,7 +64,7 @@ def fill_in_eager_layout(graph: fx.Graph) -> None:
 def follow(node: fx.Node, changed: set[fx.Node]) -> None:
     """Correct the layout of a node whose inputs have changed theirs; it joins them if its own is another now."""
     traced = node.target
-    value = _computed(node)
+    value = computed(node)
     copies = node.target is not traced  # it was a view of what had another storage
     if copies or _layouts(value) != _layouts(node.meta["val"]) or _shares(value, node):
         node.meta["val"] = value
@@ -75,7 +75,8 @@ def _is_fresh(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target in _FACTORIES
 
 
-def _computed(node: fx.Node) -> Any:
+def computed(node: fx.Node) -> Any:
+    """What a node makes of its inputs as they are laid out now."""
     if node.target is private.getitem:
         source, index = node.args
         return source.meta["val"][index]  # type: ignore[union-attr]
