@@ -289,7 +289,7 @@ def real_layouts(
 
         def as_real(mode: FakeTensorMode, op: Any, args: Any, kwargs: Any, at: int, fake: Tensor) -> Tensor:
             found, dtype = strides(op, args, kwargs, at, fake), dtypes(op, args, at, fake)
-            if at == 0 and _is_written_over(op, args, fake, fake.stride() if found is None else found):
+            if _is_written_over(op, args, fake, fake.stride() if found is None else found):
                 return _laid_out(mode, fake, args[0].stride(), dtype)
             if found is not None and args and isinstance(args[0], Tensor) and storage_key(fake) == storage_key(args[0]):
                 with mode:
@@ -309,6 +309,8 @@ def _is_written_over(op: Any, args: Sequence[Any], result: Tensor, strides: Sequ
     """
     target = args[0] if args else None
     if not isinstance(target, Tensor) or tuple(strides) == target.stride() or not returns_new_tensors(op):
+        return False
+    if len(op._schema.returns) > 1:
         return False
     alike = (target.shape, target.dtype) == (result.shape, result.dtype)
     return alike and is_non_overlapping_and_dense_or_false(target) and _functionalized_op() == _in_place_name(op)

@@ -16,12 +16,10 @@ from torch import Tensor, fx
 
 from rematerialize import torch_private as private
 from rematerialize.capture.random import computed, follow
-from rematerialize.capture.strides import in_order, is_dense, laid_alike
+from rematerialize.capture.strides import is_dense, laid_alike
 
 aten = torch.ops.aten
 
-# What functionalization calls for ops whose own results are contiguous whatever the layout of their arguments.
-_CONTIGUOUS = frozenset({aten.rrelu_with_noise_functional.default})
 # Pieces that functionalization takes for tensors of their own.
 _UNSAFE_SPLITS = frozenset({aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default})
 
@@ -104,8 +102,6 @@ def _eager_strides(node: fx.Node) -> tuple[int, ...] | None:
     source, value = node.args[0] if node.args else None, node.meta.get("val")
     if not isinstance(source, fx.Node) or not isinstance(value, Tensor):
         return None
-    if node.target is private.getitem and source.target in _CONTIGUOUS and not source.meta.get("in_place"):
-        return None if node.args[1] or value.is_contiguous() else tuple(in_order(range(value.dim()), value.shape))
     if not node.meta.get("in_place"):
         return None
     like, kernels = source.meta["val"], computed(node)

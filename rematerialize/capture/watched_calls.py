@@ -69,11 +69,18 @@ class watched_calls(TorchFunctionMode):
         if func in _POOLS_OF_ROWS and not result.requires_grad and result.device.type == "cpu":
             # Without a gradient eager takes a kernel of its own, in rows; a trace never does.
             result = result.contiguous()
-        if func is F.one_hot:
-            result = result.contiguous()  # eager scatters into fresh memory, a trace compares
+        if func is F.one_hot or (func in (torch.rrelu, F.rrelu) and _is_drawn(*args, **(kwargs or {}))):
+            result = result.contiguous()  # eager fills fresh memory, a trace has other ops
         refuse_other_layouts(result)
         # Torch's own trace of the draw in place takes no generator.
         return result if draw is None else args[0].copy_(result)
+
+
+def _is_drawn(
+    _: Tensor, lower: float = 0, upper: float = 0, training: bool = False, inplace: Any = False, **__: Any
+) -> bool:
+    """Whether a randomized leaky ReLU draws its slopes, into a new tensor."""
+    return training and inplace is not True
 
 
 def _from_zero(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
