@@ -54,7 +54,6 @@ KNOWN = {
     "_unsafe_index": "of compiled interpolation",
     "_prelu_kernel.": "of a weight that has more dimensions than its input",
     "huber_loss.": "of inputs that are broadcast: the functional form expands them first",
-    **dict.fromkeys(("_fft_r2c.", "fft_ifft.", "fft_rfft."), "the stride of a complex dimension of one element"),
     "rrelu_with_noise_backward": "of noise that is broadcast",
     "native_dropout": "of other devices: on CPUs dropout is made of other ops",
     "one_hot": "made of a comparison in a trace: given eager's layout where it is called",

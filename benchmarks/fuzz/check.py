@@ -42,6 +42,7 @@ ALLOWED: dict[str, str] = {
     "a saved value is changed in place where eager doesn't look": "has been modified by an inplace operation",
     "a view that overlaps itself is changed in place": "has internal overlap",
     "a view that as_strided made of a view is changed in place": "that as_strided made of another view",
+    "an output of which eager can take no gradient, either": "is the output of a function that returns multiple views",
     "an input gets a gradient's history in place": "changes an input or a parameter that requires grad in place",
 }
 

@@ -1,6 +1,6 @@
 """How far from the best: auto on small graphs against every solver, CP-SAT and long random searches.
 
-    python -m benchmarks.solver.quality [--exact-s S] [--long N] [--jobs N] [--resume]
+    python -m benchmarks.solver.quality [--exact-s S [--exact-cells N]] [--long N] [--jobs N] [--resume]
         [held_out | GRAPH ... [-o FILE]]
 
 Without ``--exact-s`` and ``--long`` the plans that earlier runs found stand in for theirs (`known.py`); every
@@ -60,6 +60,8 @@ class Effort:
     ----------
     exact_s : float
         CP-SAT's deterministic seconds; 0: not at all.
+    exact_cells : int
+        Budgets per graph that CP-SAT searches, those with the largest gap of auto's first.
     long : int
         Long random searches.
     seed : int
@@ -67,6 +69,7 @@ class Effort:
     """
 
     exact_s: float
+    exact_cells: int
     long: int
     seed: int
 
@@ -131,16 +134,25 @@ def measure(name: str, stored: dict[str, Any] | None, effort: Effort) -> tuple[G
     leasts = {"auto": least} | _alone(bench, budgets)
     for budget in budgets:
         bench.long(budget, range(effort.seed, effort.seed + effort.long))
-        if effort.exact_s and not bench.proven(budget):
-            bench.exact(budget, effort.exact_s, bench.best(budget))
-    if effort.exact_s and bench.known.bound_s(least - 1) < float("inf"):
-        bench.exact(least - 1, effort.exact_s, bench.best(least))
+    if effort.exact_s:
+        _rule(bench, plans, effort)
     leasts["known"] = min(plan.peak_bytes for plan in bench.known.plans)
     cells = tuple(_cell(bench, plan, full.time_s) for plan in plans)
     bound = least_bound(bench.step)
     assert leasts["known"] >= (bound or 0), "the lower bound is wrong: a known plan's peak is below it"
     row = GraphQuality(name, len(graph.ops), full.peak_bytes, cpu_s, cells, leasts, bound)
     return row, bench.known.to_dict()
+
+
+def _rule(bench: _Bench, plans: list[Schedule], effort: Effort) -> None:
+    """Let CP-SAT search from the best known plans where auto's gap is largest, and below auto's least budget."""
+    unproven = [plan for plan in plans if not bench.proven(plan.budget_bytes)]
+    unproven.sort(key=lambda plan: gap_of(plan, bench.step) or 0.0, reverse=True)
+    for plan in unproven[: effort.exact_cells]:
+        bench.exact(plan.budget_bytes, effort.exact_s, bench.best(plan.budget_bytes))
+    least = min(plan.peak_bytes for plan in plans)
+    if effort.exact_cells >= len(plans) and bench.known.bound_s(least - 1) < float("inf"):
+        bench.exact(least - 1, effort.exact_s, bench.best(least))
 
 
 def _cell(bench: _Bench, plan: Schedule, full_s: float) -> QualityCell:
@@ -187,7 +199,7 @@ def main() -> int:
     before = known.load()
     rows = resumed(path, GraphQuality, now) if path and args.resume else {}
     names = [name for name in wanted if name not in rows]
-    effort = Effort(args.exact_s, args.long, args.seed)
+    effort = Effort(args.exact_s, args.exact_cells, args.long, args.seed)
     print(f"{'graph':24s}{'ops':>6s}{'mean diff':>11s}{'max diff':>10s}{'proven':>8s}{'auto cpu s':>12s}   in points")
     with ProcessPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(measure, name, before.get(name), effort) for name in names]
@@ -210,6 +222,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("graphs", nargs="*", metavar="GRAPH")
     parser.add_argument(
         "--exact-s", type=float, default=0.0, help="CP-SAT's deterministic seconds per budget: about ten of CPU each"
+    )
+    parser.add_argument(
+        "--exact-cells", type=int, default=BUDGETS, help="budgets per graph that CP-SAT searches, most open first"
     )
     parser.add_argument("--long", type=int, default=0, help="long random searches per budget")
     parser.add_argument("--seed", type=int, default=0, help="first seed of the long searches")

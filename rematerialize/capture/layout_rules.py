@@ -186,7 +186,52 @@ def _of_complex(rule: Rule) -> Rule:
     return chosen
 
 
+def _transformed(strides: Strides, dims: Sequence[int], shape: Sequence[int]) -> Strides:
+    """Return strides of a Fourier transform over some dimensions: these are the innermost, in the given order.
+
+    The fake kernel leaves the others in their order where two of their strides are equal. MKL's way swaps them while it
+    sets the transformed ones apart, and then sorts.
+    """
+    others = list(range(len(shape)))
+    left, right = 0, len(others)
+    while True:
+        while left < right and others[left] not in dims:
+            left += 1
+        while left < right and others[right - 1] in dims:
+            right -= 1
+        if left == right:
+            break
+        others[left], others[right - 1] = others[right - 1], others[left]
+        left, right = left + 1, right - 1
+    return in_order([*sorted(others[:left], key=lambda dim: -strides[dim]), *dims], shape)
+
+
+def _fourier(args: Sequence[Any], result: Tensor) -> Strides:
+    """Complex to complex, and real to complex, where the last dimension stays the innermost."""
+    value: Tensor = args[0]
+    if not args[1] or not torch.backends.mkl.is_available():
+        return result.stride()
+    last = [] if value.is_complex() else [args[1][-1]]
+    dims = sorted(args[1][: len(args[1]) - len(last)], key=lambda dim: -value.stride(dim))
+    return _transformed(value.stride(), [*dims, *last], result.shape)
+
+
+def _fourier_to_real(args: Sequence[Any], result: Tensor) -> Strides:
+    """Complex to complex over all dimensions but the last, then to real over that."""
+    if not torch.backends.mkl.is_available():
+        return result.stride()
+    value, (*dims, last) = args[0], args[1]
+    strides = value.stride()
+    if dims:
+        dims.sort(key=lambda dim: -strides[dim])
+        strides = _transformed(strides, dims, value.shape)
+    return _transformed(strides, [last], result.shape)
+
+
 RULES: dict[Any, dict[int, Rule]] = {
+    aten._fft_c2c.default: {0: _fourier},
+    aten._fft_r2c.default: {0: _fourier},
+    aten._fft_c2r.default: {0: _fourier_to_real},
     aten._log_softmax_backward_data.default: {0: _contiguous},
     aten.huber_loss_backward.default: {0: _contiguous},
     aten._log_softmax.default: {0: _contiguous},
