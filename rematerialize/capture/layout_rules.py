@@ -21,6 +21,8 @@ from rematerialize.capture.strides import (
 
 aten = torch.ops.aten
 
+_HAS_MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+
 # From the arguments and one of the results, as the fake kernel has it: the strides that the kernel returns.
 Rule = Callable[[Sequence[Any], Tensor], Strides]
 
@@ -208,17 +210,17 @@ def _transformed(strides: Strides, dims: Sequence[int], shape: Sequence[int]) ->
 
 def _fourier(args: Sequence[Any], result: Tensor) -> Strides:
     """Complex to complex, and real to complex, where the last dimension stays the innermost."""
-    value: Tensor = args[0]
-    if not args[1] or not torch.backends.mkl.is_available():
+    strides = args[0].stride()
+    if not args[1] or not _HAS_MKL:
         return result.stride()
-    last = [] if value.is_complex() else [args[1][-1]]
-    dims = sorted(args[1][: len(args[1]) - len(last)], key=lambda dim: -value.stride(dim))
-    return _transformed(value.stride(), [*dims, *last], result.shape)
+    last = [] if args[0].is_complex() else [args[1][-1]]
+    dims = sorted(args[1][: len(args[1]) - len(last)], key=lambda dim: -strides[dim])
+    return _transformed(strides, [*dims, *last], result.shape)
 
 
 def _fourier_to_real(args: Sequence[Any], result: Tensor) -> Strides:
     """Complex to complex over all dimensions but the last, then to real over that."""
-    if not torch.backends.mkl.is_available():
+    if not _HAS_MKL:
         return result.stride()
     value, (*dims, last) = args[0], args[1]
     strides = value.stride()
