@@ -12,7 +12,7 @@ from rematerialize.errors import BudgetError, GraphError, RematerializeError, Sc
 from rematerialize.ir import TrainingGraph
 from rematerialize.plan_file import FORMAT, check_said, digest, read_numbers, read_plan
 from rematerialize.report.explain import Explanation, explain
-from rematerialize.report.notebook import notebook_html
+from rematerialize.report.notebook import plan_html
 from rematerialize.report.origin import Origin
 from rematerialize.report.plot import memory_figure, save_figure
 from rematerialize.report.table import plan_table
@@ -133,7 +133,7 @@ class Plan:
         plan, stored = of_schedule(self.graph, self.schedule), self.stored_timeline()
         title = f"Memory plan of {self.origin.target}" if self.origin.target else _TITLE
         about = self.origin.line()
-        return notebook_html(title, self._rows(), plan, stored, budget_bytes=self.budget_bytes, about=about)
+        return plan_html(title, self._rows(), plan, stored, budget_bytes=self.budget_bytes, about=about)
 
     def explain(self, depth: int = 2) -> Explanation:
         """Per module and op: what is stored, what is recomputed how often, and why.

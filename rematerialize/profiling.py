@@ -16,6 +16,7 @@ from rematerialize.capture import FlatInputs
 from rematerialize.plans import Plan
 from rematerialize.prepare import PreparedStep, Progress, bind_inputs, check_model, prepare_example
 from rematerialize.report.modules import NO_LINE, WHOLE, LiveTensor, ModuleRow, module_rows, top_tensors
+from rematerialize.report.notebook import profile_html
 from rematerialize.report.sparkline import sparkline
 from rematerialize.report.table import aligned_table, plan_table
 from rematerialize.report.timeline import Timeline, kernel_title, of_schedule
@@ -230,16 +231,26 @@ class Profile:
             [
                 plan_table(f"{self._title()}, everything stored", self.overview()),
                 f"Memory over the step\n  {sparkline(values)}\n  {'forward':<{max(at, 8)}}backward",
-                "Largest tensors at the peak\n" + aligned_table(TENSOR_HEADERS, self.tensor_rows(), ">><<<"),
+                "Largest tensors at the peak\n" + aligned_table(TENSOR_HEADERS, self.tensor_rows(), TENSOR_SIDES),
                 "Modules\n" + aligned_table(MODULE_HEADERS, self.module_table()),
             ]
         )
 
     __repr__ = __str__
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the summary beside the memory over the step, the tables below."""
+        tables = (
+            ("Largest tensors at the peak", TENSOR_HEADERS, self.tensor_rows(), TENSOR_SIDES),
+            ("Modules", MODULE_HEADERS, self.module_table(), MODULE_SIDES),
+        )
+        return profile_html(f"{self._title()}, everything stored", self.overview(), self.timeline, tables)
+
 
 TENSOR_HEADERS = ("size", "share", "tensor", "module", "made at")
+TENSOR_SIDES = ">><<<"  # to which their columns are aligned
 MODULE_HEADERS = ("module", "forward", "backward", "stored", "at the peak")
+MODULE_SIDES = "<>>>>"
 
 
 def profile(

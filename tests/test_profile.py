@@ -19,6 +19,8 @@ from rematerialize.errors import RematerializeError
 from rematerialize.prepare import shared_costs
 from rematerialize.profiling import Measured
 from rematerialize.trial import try_plans
+from rematerialize.units import format_bytes
+from tests.test_report_html import Elements
 
 
 class Net(nn.Module):
@@ -189,3 +191,16 @@ def test_eagers_peak_stands_beside_its_own_deviation() -> None:
     assert "(prediction +0.0%)" in rows["measured activations"]
     assert "(prediction -50.0%)" in rows["eager's activations"]
     assert "figures are of" not in rows
+
+
+def test_a_notebook_shows_the_summary_beside_the_memory_and_the_tables_below() -> None:
+    found = profiled()
+    parsed = Elements(found._repr_html_())
+    assert parsed.open == []
+    assert not {"script", "style", "link", "img"} & {tag for tag, _ in parsed.found}
+    text = " ".join(parsed.text)
+    assert f"everything stored {format_bytes(found.activation_peak_bytes)}" in text
+    for name, value in found.overview():
+        assert f"{name} {value}" in text
+    for row in (*found.tensor_rows(), *found.module_table()):
+        assert " ".join(row) in text

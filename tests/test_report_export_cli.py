@@ -18,7 +18,7 @@ import pytest
 from rematerialize.errors import RematerializeError, ScheduleError, UncheckedPlanWarning
 from rematerialize.plans import Plan
 from rematerialize.report.figures import FrontierPoint
-from rematerialize.report.notebook import notebook_html
+from rematerialize.report.notebook import plan_html
 from rematerialize.report.origin import Origin
 from rematerialize.report.plot import frontier_figure, memory_figure, save_figure
 from rematerialize.report.timeline import of_schedule, store_all
@@ -272,10 +272,10 @@ def test_a_notebook_names_the_model_and_the_budget_that_was_asked_for() -> None:
 def test_a_notebook_shows_names_as_text_and_stays_small() -> None:
     graph = hostile_step()
     timeline = of_schedule(graph, store_all_schedule(graph))
-    shown = notebook_html(HOSTILE, [(HOSTILE, HOSTILE)], timeline, timeline, budget_bytes=8)
+    shown = plan_html(HOSTILE, [(HOSTILE, HOSTILE)], timeline, timeline, budget_bytes=8)
     assert not {"script", "img"} & {tag for tag, _ in Elements(shown).found}
     long = store_all(a_long_step(20_000))
-    assert len(notebook_html("plan", [], long, long, budget_bytes=1)) < 100_000
+    assert len(plan_html("plan", [], long, long, budget_bytes=1)) < 100_000
 
 
 @pytest.mark.parametrize("key", ["store_all_peak_bytes", "resident_bytes", "store_all_time_s", "minimum_bytes"])

@@ -67,7 +67,7 @@ def profile(
 
 
 def _print(console: Console, target: str, found: Profile, top: int, depth: int) -> None:
-    from rematerialize.profiling import MODULE_HEADERS, TENSOR_HEADERS
+    from rematerialize.profiling import MODULE_HEADERS, TENSOR_HEADERS, TENSOR_SIDES
 
     console.pairs(f"Training step of {target}, everything stored", found.overview(console.size))
     values = [run.live_bytes for run in found.timeline.executions]
@@ -75,7 +75,7 @@ def _print(console: Console, target: str, found: Profile, top: int, depth: int) 
     at = found.timeline.boundary * min(width, len(values)) // max(len(values), 1)
     print(f"\nMemory over the step\n  {sparkline(values, width, unicode=on_terminal() or _unicode())}")
     print(f"  {'forward':<{min(max(at, 8), width - 8)}}backward\n")
-    console.table("Largest tensors at the peak", TENSOR_HEADERS, found.tensor_rows(top, console.size), ">><<<")
+    console.table("Largest tensors at the peak", TENSOR_HEADERS, found.tensor_rows(top, console.size), TENSOR_SIDES)
     print()
     console.table("Modules", MODULE_HEADERS, found.module_table(depth, console.size))
 
