@@ -279,7 +279,8 @@ class _Needs:
         start = max(min(guess, 2 * least_from) if exactly else least_from, without, 1)
         while True:
             found = self.largest(start, budget_bytes, lambda need: need.minimum_bytes, exactly=exactly)
-            unsure = [batch for batch in (found, found + 1) if batch and not self.at(batch).searched]
+            # The answer fits already, by what another batch's plan needs: first whether the next one does.
+            unsure = [batch for batch in (found + 1, found) if batch and not self.at(batch).searched]
             if not exactly or not unsure:
                 return without, found
             self.searched(unsure[0])
