@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
+from torch import fx
 
 from rematerialize.capture.aliasing import tensors_of
 from rematerialize.capture.kernels import Kernel
@@ -21,6 +24,8 @@ _MOST_RUNS = 15
 _TIMED_SECONDS_PER_KERNEL = 0.02
 _MOST_NEIGHBOURS = 64
 _HELD_BYTES = 128 << 20  # inputs of neighbours
+_HELD_RESULTS = 8
+_CACHED_BYTES = 4 << 20
 
 
 def time_kernels(
@@ -52,11 +57,7 @@ def _neighbours(kernels: Mapping[str, tuple[Kernel, float]]) -> Iterator[list[st
     group: list[str] = []
     held = 0
     for name, (kernel, _) in kernels.items():
-        size = sum(
-            tensor.numel() * tensor.element_size()
-            for node in inputs_of(kernel)
-            for _, tensor in tensors_of(node.meta["val"])
-        )
+        size = _bytes_of(inputs_of(kernel))
         if group and (held + size > _HELD_BYTES or len(group) == _MOST_NEIGHBOURS):
             yield group
             group, held = [], 0
@@ -66,15 +67,24 @@ def _neighbours(kernels: Mapping[str, tuple[Kernel, float]]) -> Iterator[list[st
         yield group
 
 
-class _Clock:
-    """One kernel's runs. Results are dropped at once.
+def _bytes_of(nodes: Iterable[fx.Node]) -> int:
+    tensors = (tensor for node in nodes for _, tensor in tensors_of(node.meta["val"]))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    In a step a kernel finds in the caches what it reads and not where it writes; among its neighbours here it is the
-    other way round. Kept to the end of a round, results made small kernels a third slower than in their step.
+
+class _Clock:
+    """One kernel's runs. Small results are held until some more kernels have run.
+
+    In a step a kernel doesn't find in the caches where it writes: what was there is still needed. Dropped at once,
+    results made the steps of small networks seem a tenth faster than they are; kept to the end of a round, their
+    kernels a third slower.
     """
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, held: deque[Any]) -> None:
         self._run = prepare_kernel(kernel)
+        self._held = (
+            held if _bytes_of(node for node, _ in kernel.calls) <= _CACHED_BYTES else deque[Any](maxlen=0)
+        )  # large: never in a cache
         self._cuda = any(device.type == "cuda" for device in devices_of(kernel))
         self._cold_s = self._timed()
         self._times: list[float] = []
@@ -103,13 +113,14 @@ class _Clock:
         if self._cuda:
             torch.cuda.synchronize()
         took_s = time.perf_counter() - start
-        del result
+        self._held.append(result)
         return took_s
 
 
 def _time_in_turns(kernels: Mapping[str, Kernel], allowed_s: float, tell: Callable[[str, float], None]) -> None:
     """Warm runs of neighbours in rounds, at least one: of each as many as fit into the time that is allowed for it."""
-    clocks = {name: _Clock(kernel) for name, kernel in kernels.items()}
+    held = deque[Any](maxlen=_HELD_RESULTS)
+    clocks = {name: _Clock(kernel, held) for name, kernel in kernels.items()}
     running = dict(clocks)
     try:
         while running:
