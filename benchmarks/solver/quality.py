@@ -60,18 +60,18 @@ class Effort:
     ----------
     exact_s : float
         CP-SAT's deterministic seconds; 0: not at all.
-    exact_cells : int
-        Budgets per graph that CP-SAT searches, those with the largest gap of auto's first.
     long : int
         Long random searches.
     seed : int
         First seed of these searches.
+    exact_cells : int
+        Budgets per graph that CP-SAT searches, those with the largest gap of auto's first.
     """
 
     exact_s: float
-    exact_cells: int
     long: int
     seed: int
+    exact_cells: int = BUDGETS
 
 
 class _Bench:
@@ -199,7 +199,7 @@ def main() -> int:
     before = known.load()
     rows = resumed(path, GraphQuality, now) if path and args.resume else {}
     names = [name for name in wanted if name not in rows]
-    effort = Effort(args.exact_s, args.exact_cells, args.long, args.seed)
+    effort = Effort(args.exact_s, args.long, args.seed, args.exact_cells)
     print(f"{'graph':24s}{'ops':>6s}{'mean diff':>11s}{'max diff':>10s}{'proven':>8s}{'auto cpu s':>12s}   in points")
     with ProcessPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(measure, name, before.get(name), effort) for name in names]
