@@ -221,7 +221,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.solver.quality", description=__doc__)
     parser.add_argument("graphs", nargs="*", metavar="GRAPH")
     parser.add_argument(
-        "--exact-s", type=float, default=0.0, help="CP-SAT's deterministic seconds per budget: about ten of CPU each"
+        "--exact-s", type=float, default=0.0, help="CP-SAT's deterministic seconds per budget: one to ten of CPU each"
     )
     parser.add_argument(
         "--exact-cells", type=int, default=BUDGETS, help="budgets per graph that CP-SAT searches, most open first"
