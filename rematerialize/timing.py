@@ -82,9 +82,8 @@ class _Clock:
 
     def __init__(self, kernel: Kernel, held: deque[Any]) -> None:
         self._run = prepare_kernel(kernel)
-        self._held = (
-            held if _bytes_of(node for node, _ in kernel.calls) <= _CACHED_BYTES else deque[Any](maxlen=0)
-        )  # large: never in a cache
+        large = _bytes_of(node for node, _ in kernel.calls) > _CACHED_BYTES  # in no cache, wherever it is written
+        self._held = deque[Any](maxlen=0) if large else held
         self._cuda = any(device.type == "cuda" for device in devices_of(kernel))
         self._cold_s = self._timed()
         self._times: list[float] = []
