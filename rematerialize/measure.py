@@ -21,7 +21,7 @@ from rematerialize.capture.kernels import Kernel
 from rematerialize.capture.lower import KernelCost
 from rematerialize.cost_cache import CostCache, MeasuredCost, digest
 from rematerialize.garbage import uncollected
-from rematerialize.synthetic import devices_of, prepare_kernel
+from rematerialize.synthetic import bytes_of, devices_of, prepare_kernel
 from rematerialize.timing import time_kernels
 
 # Blocks of these odd sizes, allocated between kernels, mark the borders in the stream of allocator events.
@@ -200,8 +200,7 @@ def _guess(kernel: Kernel) -> KernelCost:
     if not kernel.writes:
         return KernelCost(_GUESSED_CALL_S)
     nodes = {node for call, _ in kernel.calls for node in (call, *call.all_input_nodes)}
-    tensors = [tensor for node in nodes for _, tensor in tensors_of(node.meta["val"])]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    size = bytes_of(nodes)
     return KernelCost(_GUESSED_CALL_S + size * _GUESSED_S_PER_BYTE, size)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,12 @@ def inputs_of(kernel: Kernel) -> list[fx.Node]:
     inside = {node for node, _ in kernel.calls}
     read = dict.fromkeys(source for node, _ in kernel.calls for source in node.all_input_nodes)
     return [source for source in read if source not in inside]
+
+
+def bytes_of(nodes: Iterable[fx.Node]) -> int:
+    """Bytes of all tensors that nodes stand for."""
+    tensors = (tensor for node in nodes for _, tensor in tensors_of(node.meta["val"]))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def devices_of(kernel: Kernel) -> Iterator[torch.device]:

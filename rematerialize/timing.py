@@ -9,15 +9,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx
 
-from rematerialize.capture.aliasing import tensors_of
 from rematerialize.capture.kernels import Kernel
-from rematerialize.synthetic import devices_of, inputs_of, prepare_kernel
+from rematerialize.synthetic import bytes_of, devices_of, inputs_of, prepare_kernel
 
 _STALLED = 2.0  # a warm run that takes so many times a cold one isn't believed
 _MOST_RUNS = 15
@@ -57,7 +55,7 @@ def _neighbours(kernels: Mapping[str, tuple[Kernel, float]]) -> Iterator[list[st
     group: list[str] = []
     held = 0
     for name, (kernel, _) in kernels.items():
-        size = _bytes_of(inputs_of(kernel))
+        size = bytes_of(inputs_of(kernel))
         if group and (held + size > _HELD_BYTES or len(group) == _MOST_NEIGHBOURS):
             yield group
             group, held = [], 0
@@ -65,11 +63,6 @@ def _neighbours(kernels: Mapping[str, tuple[Kernel, float]]) -> Iterator[list[st
         held += size
     if group:
         yield group
-
-
-def _bytes_of(nodes: Iterable[fx.Node]) -> int:
-    tensors = (tensor for node in nodes for _, tensor in tensors_of(node.meta["val"]))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class _Clock:
@@ -82,7 +75,7 @@ class _Clock:
 
     def __init__(self, kernel: Kernel, held: deque[Any]) -> None:
         self._run = prepare_kernel(kernel)
-        large = _bytes_of(node for node, _ in kernel.calls) > _CACHED_BYTES  # in no cache, wherever it is written
+        large = bytes_of(node for node, _ in kernel.calls) > _CACHED_BYTES  # in no cache, wherever it is written
         self._held = deque[Any](maxlen=0) if large else held
         self._cuda = any(device.type == "cuda" for device in devices_of(kernel))
         self._cold_s = self._timed()

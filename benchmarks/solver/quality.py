@@ -135,7 +135,7 @@ def measure(name: str, stored: dict[str, Any] | None, effort: Effort) -> tuple[G
     for budget in budgets:
         bench.long(budget, range(effort.seed, effort.seed + effort.long))
     if effort.exact_s:
-        _rule(bench, plans, effort)
+        _rule(bench, plans, least, effort)
     leasts["known"] = min(plan.peak_bytes for plan in bench.known.plans)
     cells = tuple(_cell(bench, plan, full.time_s) for plan in plans)
     bound = least_bound(bench.step)
@@ -144,13 +144,12 @@ def measure(name: str, stored: dict[str, Any] | None, effort: Effort) -> tuple[G
     return row, bench.known.to_dict()
 
 
-def _rule(bench: _Bench, plans: list[Schedule], effort: Effort) -> None:
+def _rule(bench: _Bench, plans: list[Schedule], least: int, effort: Effort) -> None:
     """Let CP-SAT search from the best known plans where auto's gap is largest, and below auto's least budget."""
     unproven = [plan for plan in plans if not bench.proven(plan.budget_bytes)]
-    unproven.sort(key=lambda plan: gap_of(plan, bench.step) or 0.0, reverse=True)
+    unproven.sort(key=lambda plan: plan.gap or 0.0, reverse=True)
     for plan in unproven[: effort.exact_cells]:
         bench.exact(plan.budget_bytes, effort.exact_s, bench.best(plan.budget_bytes))
-    least = min(plan.peak_bytes for plan in plans)
     if effort.exact_cells >= len(plans) and bench.known.bound_s(least - 1) < float("inf"):
         bench.exact(least - 1, effort.exact_s, bench.best(least))
 
