@@ -27,15 +27,14 @@ class _Cuts:
     ----------
     places : list of int
         Where each part but the first begins, and the end.
-    done, needed : list of int
-        At each place, as bits: the backward ops that have run, and the values made before that are read after it.
+    states : list of int
+        What each place is like: of the splicer's states.
     peaks, seconds : list
         Memory in bytes and time of each part.
     """
 
     places: list[int]
-    done: list[int]
-    needed: list[int]
+    states: list[int]
     peaks: list[int]
     seconds: list[float]
 
@@ -51,6 +50,9 @@ class Splicer:
     def __init__(self, step: Step) -> None:
         self._step = step
         self._cuts: dict[Plan, _Cuts] = {}
+        # As bits: the backward ops that have run, and the values made before that are read after it.
+        self._states: list[tuple[int, int]] = []
+        self._known: dict[tuple[int, int], int] = {}
 
     @cached_property
     def _always(self) -> int:
@@ -68,7 +70,8 @@ class Splicer:
     def splice(self, plans: Sequence[Plan], level: int) -> Plan | None:
         """Return the fastest plan within a level in bytes that is made of parts of these; None if there is none.
 
-        Executions whose results the other plan doesn't read are left out. O(plans^2 x backward ops) tests for subsets.
+        Executions whose results the other plan doesn't read are left out. O(states^2 x backward ops) tests for subsets,
+        states being what plans have in memory after a backward op, of which many have the same.
 
         Parameters
         ----------
@@ -85,19 +88,12 @@ class Splicer:
                 cut.seconds[part] + rest if cut.peaks[part] <= level else NEVER
                 for cut, rest in zip(cuts, rest_s, strict=True)
             ]
-            groups: dict[int, list[int]] = {}
+            states = [cut.states[part - 1] for cut in cuts]
+            first: dict[int, int] = {}  # by state, the fastest plan that goes on from it
             for index in sorted(range(len(plans)), key=stay.__getitem__):
-                groups.setdefault(cuts[index].done[part - 1], []).append(index)
-            chosen = []
-            for index, cut in enumerate(cuts):
-                missing = ~cut.needed[part - 1]
-                for other in groups[cut.done[part - 1]]:
-                    if stay[other] >= stay[index]:
-                        chosen.append(index)
-                        break
-                    if not cuts[other].needed[part - 1] & missing:
-                        chosen.append(other)
-                        break
+                first.setdefault(states[index], index)
+            best = self._onward(first)
+            chosen = [best[state] if stay[best[state]] < stay[index] else index for index, state in enumerate(states)]
             rest_s = [stay[index] for index in chosen]
             onward.append(chosen)
         total_s = [
@@ -112,6 +108,22 @@ class Splicer:
         # Where an output of the step is made once more along with something else, another plan may read that instance.
         fitting = [plan for plan, cut in zip(plans, cuts, strict=True) if max(cut.peaks) <= level]
         return min(fitting, key=lambda plan: self._step.duration_s(plan.order), default=None)
+
+    def _onward(self, first: dict[int, int]) -> dict[int, int]:
+        """Return by state the first plan, of one per state, that may go on from there: it reads no more."""
+        groups: dict[int, list[tuple[int, int]]] = {}
+        for state, index in first.items():
+            done, needed = self._states[state]
+            groups.setdefault(done, []).append((needed, index))
+        onward = {}
+        for state in first:
+            done, needed = self._states[state]
+            missing = ~needed
+            for read, index in groups[done]:
+                if not read & missing:
+                    onward[state] = index
+                    break
+        return onward
 
     def _joined(
         self, plans: Sequence[Plan], cuts: Sequence[_Cuts], onward: Sequence[Sequence[int]], index: int
@@ -141,8 +153,13 @@ class Splicer:
         memory, bounds = step.timeline(plan), [0, *places]
         return _Cuts(
             places,
-            [*done],
-            needed,
+            [self._state(at) for at in zip(done, needed, strict=True)],
             [max(memory[a:b], default=0) for a, b in pairwise(bounds)],
             [step.duration_s(order[a:b]) for a, b in pairwise(bounds)],
         )
+
+    def _state(self, state: tuple[int, int]) -> int:
+        if state not in self._known:
+            self._known[state] = len(self._states)
+            self._states.append(state)
+        return self._known[state]

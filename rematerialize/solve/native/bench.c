@@ -8,8 +8,8 @@
 
 void bench_free(Bench *b) {
     if (!b) return;
-    void *parts[] = {b->op_at, b->first, b->memory, b->block_max, b->block_add, b->event, b->head, b->tail,
-                     b->log_op, b->log_first, b->log_slot, b->range, b->mark, b->needed, b->price, b->pick, b->pick_reader,
+    void *parts[] = {b->op_at, b->first, b->taken, b->before, b->memory, b->block_max, b->block_add, b->made, b->event, b->head, b->tail,
+                     b->log_op, b->log_first, b->log_slot, b->range, b->mark, b->needed, b->price, b->priced_taken, b->priced_before, b->pick, b->pick_reader,
                      b->worth, b->rank, b->rank_spare, b->saved};
     for (size_t k = 0; k < sizeof parts / sizeof *parts; k++) free(parts[k]);
     free(b);
@@ -32,12 +32,17 @@ Bench *bench_new(const Graph *g, i64 length, int varied) {
     b->g = *g;
     bench_limit(b, length, varied);
     size_t slots = (size_t)b->slot_space + 2, events = (size_t)b->event_space + 2;
-    size_t blocks = (slots >> LEAST_SHIFT) + 2, widest = slots > events ? slots : events;
+    size_t words = 2 * ((slots >> WORD) + 2), widest = slots > events ? slots : events;
     b->op_at = calloc(slots, sizeof(int32_t));
     b->first = calloc(slots, sizeof(int32_t));
     b->memory = calloc(slots, sizeof(i64));
-    b->block_max = calloc(blocks, sizeof(i64));
-    b->block_add = calloc(blocks, sizeof(i64));
+    b->taken = calloc(words, sizeof(uint64_t));
+    b->before = calloc(words, sizeof(int32_t));
+    b->priced_taken = calloc(words, sizeof(uint64_t));
+    b->priced_before = calloc(words, sizeof(int32_t));
+    b->block_max = calloc(words, sizeof(i64));
+    b->block_add = calloc(words, sizeof(i64));
+    b->made = calloc((size_t)g->ops + 1, sizeof(i64));
     b->event = calloc(events, sizeof(Event));
     b->head = calloc((size_t)g->values + 1, sizeof(int32_t));
     b->tail = calloc((size_t)g->values + 1, sizeof(int32_t));
@@ -55,11 +60,16 @@ Bench *bench_new(const Graph *g, i64 length, int varied) {
     b->rank_spare = calloc(widest, sizeof(i64));
     b->saved = calloc(slots, sizeof(i64));
     b->random = 88172645463325252u;
-    if (!b->op_at || !b->first || !b->memory || !b->block_max || !b->block_add || !b->event || !b->head || !b->tail ||
+    if (!b->op_at || !b->first || !b->taken || !b->before || !b->priced_taken || !b->priced_before || !b->memory ||
+        !b->block_max || !b->block_add || !b->made || !b->event || !b->head || !b->tail ||
         !b->log_op || !b->log_first || !b->log_slot || !b->range || !b->mark || !b->needed || !b->price || !b->pick ||
         !b->pick_reader || !b->worth || !b->rank || !b->rank_spare || !b->saved) {
         bench_free(b);
         return 0;
+    }
+    for (i64 op = 0; op < g->ops; op++) {
+        b->made[op] = g->transient[op];
+        for (i64 e = g->out_ptr[op]; e < g->out_ptr[op + 1]; e++) b->made[op] += g->size[g->out_val[e]];
     }
     return b;
 }

@@ -20,9 +20,9 @@ typedef int64_t i64;
 #define SPACING 8                   /* least slots per execution when a schedule is laid out */
 #define WIDENINGS 2                 /* how often they may be doubled */
 #define PINS 8                      /* gaps that a move can keep shut */
-#define FREE_SLOT ((i64)1 << 61)    /* subtracted from the memory of a free slot: it is never the peak */
+#define NOTHING (-((i64)1 << 61))   /* the most memory of no executions at all */
 #define END_SLOT ((i64)1 << 60)     /* the slot of a reader that never lets go */
-#define LEAST_SHIFT 5               /* of blocks of the memory profile, see `block_shift` */
+#define WORD 6                      /* slots per word of `taken`, as a power of two */
 
 enum { OUTPUT = 1, GRADIENT = 2, TANGENT = 4 };
 
@@ -54,7 +54,11 @@ typedef struct {
     double makespan_s;
     int32_t *op_at;                /* per slot: op or -1 */
     int32_t *first;                /* per slot: first event of its execution */
-    i64 *memory, *block_max, *block_add;
+    i64 words;                     /* of `taken` that are in use: those of all blocks */
+    uint64_t *taken;               /* a bit per slot */
+    int32_t *before;               /* per word: how many executions stand before it */
+    i64 *memory, *block_max, *block_add;   /* see memory.c */
+    i64 *made;                     /* per op: its transient and its outputs */
     Event *event;
     int32_t *head, *tail;          /* per value */
     int32_t *log_op;               /* op inserted, or -1 - op removed */
@@ -62,7 +66,9 @@ typedef struct {
     i64 *log_slot;
     Range *range;                  /* what the present move changes */
     int32_t *mark, *needed;        /* per op, for `missing` */
-    double *price;                 /* per slot, running sum; also excess */
+    double *price;                 /* running sum before each execution; also of excess */
+    uint64_t *priced_taken;        /* where they stood then */
+    int32_t *priced_before;
     i64 *pick;                     /* candidates of a greedy pass */
     i64 *pick_reader;
     double *worth;
@@ -75,16 +81,61 @@ typedef struct {
     i64 work;                      /* moves tried, for limits that don't depend on the clock */
 } Bench;
 
-static inline i64 memory_at(const Bench *b, i64 slot) { return b->memory[slot] + b->block_add[slot >> b->block_shift]; }
+#if defined(__GNUC__)
+static inline int ones(uint64_t bits) { return __builtin_popcountll(bits); }
+static inline int lowest_bit(uint64_t bits) { return __builtin_ctzll(bits); }
+static inline int highest_bit(uint64_t bits) { return 63 - __builtin_clzll(bits); }
+#else
+static inline int ones(uint64_t bits) {
+    int count = 0;
+    for (; bits; bits &= bits - 1) count++;
+    return count;
+}
+static inline int lowest_bit(uint64_t bits) { return ones((bits & (~bits + 1)) - 1); }
+static inline int highest_bit(uint64_t bits) {
+    int at = 0;
+    while (bits >>= 1) at++;
+    return at;
+}
+#endif
+
+/* How many executions stand before a slot. */
+static inline i64 count_before(const uint64_t *taken, const int32_t *before, i64 slot) {
+    return before[slot >> WORD] + ones(taken[slot >> WORD] & (((uint64_t)1 << (slot & 63)) - 1));
+}
+
+static inline i64 rank_of(const Bench *b, i64 slot) { return count_before(b->taken, b->before, slot); }
+
+/* The running sum of prices before a slot, of when they were set. */
+static inline double price_before(const Bench *b, i64 slot) {
+    return b->price[count_before(b->priced_taken, b->priced_before, slot)];
+}
+
+/* Executions of blocks before one. */
+static inline i64 block_rank(const Bench *b, i64 block) { return b->before[block << (b->block_shift - WORD)]; }
+
+static inline i64 blocks(const Bench *b) { return b->words >> (b->block_shift - WORD); }
 
 static inline int is_read(const Bench *b, int32_t event) { return event >= 0 && !b->event[event].write; }
+
+/* memory.c */
+void arrange(Bench *b, const i64 *change);
+void open_slot(Bench *b, i64 slot, i64 memory);
+void close_slot(Bench *b, i64 slot);
+i64 taken_from(const Bench *b, i64 slot);
+i64 taken_before(const Bench *b, i64 slot);
+int around(const Bench *b, i64 *slot, i64 *seen);
+i64 slot_of(const Bench *b, i64 rank);
+i64 memory_at(const Bench *b, i64 slot);
+void add(Bench *b, i64 start, i64 stop, i64 size);
+i64 most(const Bench *b, i64 start, i64 stop);
+i64 peak(const Bench *b);
+i64 fullest(const Bench *b);
 
 /* schedule.c */
 int load(Bench *b, const i64 *order, i64 length, i64 split);
 i64 unload(const Bench *b, i64 *order);
 int respace(Bench *b);
-i64 most(const Bench *b, i64 start, i64 stop);
-i64 peak(const Bench *b);
 int32_t last_before(const Bench *b, i64 value, i64 slot);
 int held(const Bench *b, i64 value, int32_t event);
 void begin(Bench *b);

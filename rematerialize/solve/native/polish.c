@@ -7,6 +7,7 @@
 #include "kernel.h"
 
 #include <math.h>
+#include <string.h>
 
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -37,27 +38,38 @@ void sort_by_worth(Bench *b, i64 count) {
         for (i64 k = 0; k < count; k++) b->rank[k] = from[k];
 }
 
-/* Running sum of what a byte costs at each slot: steep where memory is nearly full. */
-WIDE static void set_prices(Bench *b, i64 budget) {
-    double total = 0.0;
-    for (i64 slot = 0; slot < b->slots; slot++) {
-        i64 memory = memory_at(b, slot);
-        b->price[slot] = total;
-        if (memory <= 0) continue;
-        double full = (double)memory / (double)MAX(budget, 1);
-        full *= full;
-        full *= full;
-        full *= full;
-        total += full * full + 1e-6;
-    }
-    b->price[b->slots] = total;
+/* Prices are those of the executions that stand there now, and of ranges of slots. */
+static void remember_slots(Bench *b) {
+    memcpy(b->priced_taken, b->taken, (size_t)(b->words + 1) * sizeof(uint64_t));
+    memcpy(b->priced_before, b->before, (size_t)(b->words + 1) * sizeof(int32_t));
 }
 
-static double priced(const Bench *b) {
+/* Running sum of what a byte costs at each execution: steep where memory is nearly full. */
+WIDE static void set_prices(Bench *b, i64 budget) {
+    double total = 0.0;
+    i64 rank = 0;
+    remember_slots(b);
+    for (i64 block = 0, count = blocks(b); block < count; block++) {
+        const i64 *memory = b->memory + (block << b->block_shift) - rank;
+        for (i64 stop = block_rank(b, block + 1); rank < stop; rank++) {
+            i64 here = memory[rank] + b->block_add[block];
+            b->price[rank] = total;
+            if (here <= 0) continue;
+            double full = (double)here / (double)MAX(budget, 1);
+            full *= full;
+            full *= full;
+            full *= full;
+            total += full * full + 1e-6;
+        }
+    }
+    b->price[rank] = total;
+}
+
+WIDE static double priced(const Bench *b) {
     double cost = 0.0;
     for (i64 k = 0; k < b->ranges; k++) {
         Range r = b->range[k];
-        if (r.high - r.low > 1) cost += (double)r.size * (b->price[r.high] - b->price[r.low]);
+        if (r.high - r.low > 1) cost += (double)r.size * (price_before(b, r.high) - price_before(b, r.low));
     }
     return cost;
 }
@@ -84,9 +96,9 @@ static int spend_once(Bench *b, i64 budget, double noise) {
     int applied = 0;
     set_prices(b, budget);
     b->work += b->slots >> 9;
-    for (i64 slot = b->focus_low; slot < b->slots; slot++) {
+    for (i64 slot = taken_from(b, b->focus_low); slot < b->slots; slot = taken_from(b, slot + 1)) {
         i64 op = b->op_at[slot], mark = b->logged;
-        if (op < 0 || op >= b->g.forwards || !has_previous(b, slot) || !in_focus(b, op, slot)) continue;
+        if (op >= b->g.forwards || !has_previous(b, slot) || !in_focus(b, op, slot)) continue;
         double before_s = b->makespan_s;
         retain(b, slot);
         if (fits(b, budget)) {
@@ -123,8 +135,7 @@ int spend(Bench *b, i64 budget, i64 rounds, double noise) {
 void settle(Bench *b, i64 budget, i64 slot, i64 count) {
     set_prices(b, budget);
     b->work += b->slots >> 9;
-    for (i64 seen = 0; count > 0 && seen < b->slots; seen++, slot = slot + 1 < b->slots ? slot + 1 : 0) {
-        if (b->op_at[slot] < 0) continue;
+    for (i64 seen = 0; count > 0 && around(b, &slot, &seen); seen++, slot++) {
         count--;
         for (int later = 0; later < 2; later++) {
             i64 mark = b->logged;
@@ -140,9 +151,12 @@ void settle(Bench *b, i64 budget, i64 slot, i64 count) {
 
 WIDE double excess(const Bench *b, i64 target) {
     double total = 0.0;
-    for (i64 slot = 0; slot < b->slots; slot++) {
-        i64 over = memory_at(b, slot) - target;
-        if (over > 0) total += (double)over;
+    for (i64 block = 0, count = blocks(b), rank = 0; block < count; block++) {
+        const i64 *memory = b->memory + (block << b->block_shift) - rank;
+        i64 most_here = target - b->block_add[block], stop = block_rank(b, block + 1);
+        if (b->block_max[block] > target)
+            for (i64 at = rank; at < stop; at++) total += (double)MAX(memory[at] - most_here, 0);
+        rank = stop;
     }
     return total;
 }
@@ -160,16 +174,20 @@ WIDE static double excess_change(Bench *b, i64 mark, i64 target) {
         stop = MAX(stop, b->log_slot[k] + 1);
     }
     b->work += (stop - start) >> 9;
-    i64 *then = b->rank_spare;
-    for (i64 slot = start; slot <= stop; slot++) then[slot - start] = 0;
+    i64 low = rank_of(b, start), high = rank_of(b, stop), *then = b->rank_spare;
+    memset(then, 0, (size_t)(high - low + 1) * sizeof(i64));
     for (i64 k = 0; k < b->ranges; k++) {
-        then[b->range[k].low - start] -= b->range[k].size;
-        then[b->range[k].high - start] += b->range[k].size;
+        then[rank_of(b, b->range[k].low) - low] -= b->range[k].size;
+        then[rank_of(b, b->range[k].high) - low] += b->range[k].size;
     }
-    for (i64 slot = start, shift = 0; slot < stop; slot++) {
-        shift += then[slot - start];
-        i64 now = memory_at(b, slot) - target, old = now + shift;
-        change += (double)(MAX(now, 0) - MAX(old, 0));
+    for (i64 block = start >> b->block_shift, rank = low, shift = 0; rank < high; block++) {
+        const i64 *memory = b->memory + (block << b->block_shift) - block_rank(b, block);
+        i64 most_here = target - b->block_add[block], until = MIN(block_rank(b, block + 1), high);
+        for (; rank < until; rank++) {
+            shift += then[rank - low];
+            i64 now = memory[rank] - most_here, old = now + shift;
+            change += (double)(MAX(now, 0) - MAX(old, 0));
+        }
     }
     return change;
 }
@@ -182,7 +200,7 @@ static int pinned(const Bench *b, i64 value, i64 low, i64 reader) {
 }
 
 /* Collect the gaps between uses that lie across the excess; return how many had no room in front. */
-static i64 droppable(Bench *b, i64 first, i64 last, double noise, double stretch, i64 *found) {
+WIDE static i64 droppable(Bench *b, i64 first, i64 last, double noise, double stretch, i64 *found) {
     const Graph *g = &b->g;
     i64 count = 0, blocked = 0;
     for (i64 value = 0; value < g->values; value++) {
@@ -194,7 +212,7 @@ static i64 droppable(Bench *b, i64 first, i64 last, double noise, double stretch
             i64 low = b->event[at].slot, reader = b->event[next].slot;
             if (low >= last) break;
             if (reader <= first || pinned(b, value, low, reader)) continue;
-            double relief = b->price[reader] - b->price[low + 1];
+            double relief = price_before(b, reader) - price_before(b, low + 1);
             if (relief <= 0) continue;
             i64 needed = missing(b, value, reader, stretch);
             if (needed == -1) blocked++;
@@ -227,21 +245,31 @@ static int try_drop(Bench *b, i64 value, i64 reader, i64 target, double stretch)
     return 0;
 }
 
+/* Running sum of the excess over a target before each execution; first and last that are over it. */
+WIDE static void over_target(Bench *b, i64 target, i64 *first, i64 *last) {
+    double running = 0.0;
+    i64 rank = 0;
+    remember_slots(b);
+    for (i64 block = 0, count = blocks(b); block < count; block++) {
+        const i64 *memory = b->memory + (block << b->block_shift) - rank;
+        for (i64 stop = block_rank(b, block + 1); rank < stop; rank++) {
+            i64 over = memory[rank] + b->block_add[block] - target;
+            b->price[rank] = running;
+            if (over <= 0) continue;
+            running += (double)over;
+            *last = rank;
+            if (*first < 0) *first = rank;
+        }
+    }
+    b->price[rank] = running;
+}
+
 static int descend_once(Bench *b, i64 target, double noise, double stretch, int may_respace) {
     i64 first = -1, last = -1, count, done = 0;
-    double running = 0.0;
-    for (i64 slot = 0; slot < b->slots; slot++) {
-        i64 over = memory_at(b, slot) - target;
-        b->price[slot] = running;
-        if (over <= 0) continue;
-        running += (double)over;
-        last = slot;
-        if (first < 0) first = slot;
-    }
-    b->price[b->slots] = running;
+    over_target(b, target, &first, &last);
     b->work += b->slots >> 8;
     if (first < 0) return 0;
-    i64 blocked = droppable(b, first, last, noise, stretch, &count);
+    i64 blocked = droppable(b, slot_of(b, first), slot_of(b, last), noise, stretch, &count);
     sort_by_worth(b, count);
     for (i64 k = 0; k < count; k++) {
         i64 pick = b->rank[k];

@@ -5,8 +5,7 @@
    the last read before the next write. Two primitives edit a schedule, `insert` and `removal`, each the
    exact inverse of the other; they log what they did, so that `undo_to` takes any move back.
 
-   Invariants: (1) memory[slot] + block_add is exact for an occupied slot and hugely negative for a free
-   one; (2) block_max is the largest memory of each block; (3) the instance of a forward output that
+   Invariants: (1) memory is exact for every execution (memory.c); (2) the instance of a forward output that
    stands at the end of the forward is live to the end whatever reads it (`held`). */
 
 #include "kernel.h"
@@ -30,16 +29,11 @@ static void append(Bench *b, i64 value, i64 slot, int write) {
     b->tail[value] = at;
 }
 
-WIDE static void refresh(Bench *b, i64 block) {
-    i64 found = -FREE_SLOT, stop = MIN((block + 1) << b->block_shift, b->slots);
-    for (i64 slot = block << b->block_shift; slot < stop; slot++) found = MAX(found, b->memory[slot]);
-    b->block_max[block] = found + b->block_add[block];
-}
-
-/* Memory of every slot from the events. O(slots + events). */
-WIDE static void measure(Bench *b) {
+/* Memory of every execution of a schedule that was just laid out, from the events. O(slots + events). */
+static void measure(Bench *b) {
     const Graph *g = &b->g;
-    memset(b->memory, 0, (size_t)(b->slots + 1) * sizeof(i64));
+    i64 *change = b->rank_spare, spacing = b->spacing; /* executions stand at the ends of their spaces */
+    memset(change, 0, (size_t)(b->length + 1) * sizeof(i64));
     for (i64 value = 0; value < g->values; value++) {
         int32_t at = b->head[value];
         while (at >= 0) {
@@ -53,21 +47,13 @@ WIDE static void measure(Bench *b) {
             int final = last < 0 || b->event[last].slot >= b->split;
             if (g->flags[value] & OUTPUT && start < b->split && final) stop = b->slots;
             if (start < stop) {
-                b->memory[start] += g->size[value];
-                b->memory[stop] -= g->size[value];
+                change[start / spacing] += g->size[value];
+                change[stop / spacing] -= g->size[value];
             }
             at = last;
         }
     }
-    i64 live = 0;
-    for (i64 slot = 0; slot < b->slots; slot++) {
-        live += b->memory[slot];
-        b->memory[slot] = b->op_at[slot] >= 0 ? live + g->transient[b->op_at[slot]] : live - FREE_SLOT;
-    }
-    for (i64 block = 0; block << b->block_shift < b->slots; block++) {
-        b->block_add[block] = 0;
-        refresh(b, block);
-    }
+    arrange(b, change);
 }
 
 /* Lay a valid plan out; 0 when there is no room for it. O(length + edges). */
@@ -81,7 +67,6 @@ int load(Bench *b, const i64 *order, i64 length, i64 split) {
     b->slots = length * b->spacing;
     b->split = split * b->spacing;
     b->length = length;
-    for (b->block_shift = LEAST_SHIFT; (i64)4 << 2 * b->block_shift < b->slots;) b->block_shift++; /* some sqrt(slots) */
     b->events = b->logged = b->ranges = b->pins = 0;
     b->makespan_s = 0.0;
     b->focus_low = 0;
@@ -109,11 +94,10 @@ int load(Bench *b, const i64 *order, i64 length, i64 split) {
 /* Write the order to an array; return how many of it stand in the forward. */
 i64 unload(const Bench *b, i64 *order) {
     i64 count = 0, split = 0;
-    for (i64 slot = 0; slot < b->slots; slot++)
-        if (b->op_at[slot] >= 0) {
-            order[count++] = b->op_at[slot];
-            split += slot < b->split;
-        }
+    for (i64 slot = taken_from(b, 0); slot < b->slots; slot = taken_from(b, slot + 1)) {
+        order[count++] = b->op_at[slot];
+        split += slot < b->split;
+    }
     return split;
 }
 
@@ -122,36 +106,6 @@ int respace(Bench *b) {
     i64 split = unload(b, b->rank);
     return load(b, b->rank, b->length, split);
 }
-
-WIDE static void add(Bench *b, i64 start, i64 stop, i64 size) {
-    stop = MIN(stop, b->slots);
-    for (i64 block = start >> b->block_shift; block << b->block_shift < stop; block++) {
-        i64 low = MAX(start, block << b->block_shift), high = MIN(stop, (block + 1) << b->block_shift);
-        if ((high - low) >> b->block_shift) {
-            b->block_add[block] += size;
-            b->block_max[block] += size;
-        } else {
-            for (i64 slot = low; slot < high; slot++) b->memory[slot] += size;
-            refresh(b, block);
-        }
-    }
-}
-
-/* Largest memory of the slots [start, stop). */
-WIDE i64 most(const Bench *b, i64 start, i64 stop) {
-    i64 found = -FREE_SLOT;
-    stop = MIN(stop, b->slots);
-    for (i64 block = start >> b->block_shift; block << b->block_shift < stop; block++) {
-        i64 low = MAX(start, block << b->block_shift), high = MIN(stop, (block + 1) << b->block_shift);
-        if (b->block_max[block] <= found) continue;
-        if ((high - low) >> b->block_shift) found = b->block_max[block];
-        else
-            for (i64 slot = low; slot < high; slot++) found = MAX(found, b->memory[slot] + b->block_add[block]);
-    }
-    return found;
-}
-
-i64 peak(const Bench *b) { return MAX(most(b, 0, b->slots), 0); }
 
 /* Last event of a value before a slot, -1 when there is none: from the end that is nearer, if not near the tail. */
 int32_t last_before(const Bench *b, i64 value, i64 slot) {
@@ -212,11 +166,25 @@ static void leave_list(Bench *b, int32_t at) {
     else b->tail[e.value] = e.before;
 }
 
+/* What is live at a free slot: what its neighbour holds without its own. Tangents appear in between at the split. */
+static i64 live_at(const Bench *b, i64 slot) {
+    i64 next = taken_from(b, slot), last;
+    if (next < b->slots && (next < b->split || slot >= b->split)) return memory_at(b, next) - b->made[b->op_at[next]];
+    if ((last = taken_before(b, slot)) < 0) return 0;
+    i64 op = b->op_at[last], live = memory_at(b, last) - b->g.transient[op];
+    int32_t stop = b->first[last] + (int32_t)degree(&b->g, op);
+    for (int32_t at = b->first[last]; at < stop; at++) {
+        i64 value = b->event[at].value;
+        if (!is_read(b, b->event[at].after) && !held(b, value, at)) live -= b->g.size[value];
+    }
+    return live;
+}
+
 static void place(Bench *b, i64 op, i64 slot) {
     const Graph *g = &b->g;
     int32_t at = b->first[slot];
+    open_slot(b, slot, live_at(b, slot) + g->transient[op]);
     b->op_at[slot] = (int32_t)op;
-    add(b, slot, slot + 1, FREE_SLOT + g->transient[op]);
     for (i64 e = g->in_ptr[op]; e < g->in_ptr[op + 1]; e++) {
         i64 value = g->in_val[e];
         int32_t previous = last_before(b, value, slot);
@@ -257,7 +225,7 @@ static void displace(Bench *b, i64 slot) {
             change(b, b->event[previous].slot + 1, slot + 1, -g->size[value]);
         leave_list(b, at);
     }
-    add(b, slot, slot + 1, -FREE_SLOT - g->transient[op]);
+    close_slot(b, slot);
     b->op_at[slot] = -1;
     b->makespan_s -= g->time_s[op];
     b->length--;
@@ -343,9 +311,8 @@ void retain(Bench *b, i64 slot) {
 }
 
 static i64 room(const Bench *b, i64 slot) {
-    i64 low = slot, stop = slot >= b->split ? b->split + 1 : 0; /* tangents appear at the split */
-    while (low > stop && b->op_at[low - 1] < 0) low--;
-    return slot - low;
+    i64 stop = slot >= b->split ? b->split + 1 : 0; /* tangents appear at the split */
+    return slot - MIN(MAX(taken_before(b, slot) + 1, stop), slot);
 }
 
 /* Write the ops to run again for a value in front of a reader to `needed`, in order; return how many.

@@ -24,9 +24,9 @@ static void pin(Bench *b, i64 slot) {
 /* Delete up to `count` recomputations from a random place on; with `pinned` they aren't what pays for it. */
 static void delete_near(Bench *b, i64 count, int pinned) {
     i64 slot = random_below(b, b->slots), seen = 0;
-    for (; count > 0 && seen < b->slots; seen++, slot = slot + 1 < b->slots ? slot + 1 : 0) {
+    for (; count > 0 && around(b, &slot, &seen); seen++, slot++) {
         i64 op = b->op_at[slot];
-        if (op < 0 || op >= b->g.forwards || !has_previous(b, slot) || uniform(b) < 0.3) continue;
+        if (op >= b->g.forwards || !has_previous(b, slot) || uniform(b) < 0.3) continue;
         if (pinned) pin(b, slot);
         retain(b, slot);
         count--;
@@ -36,9 +36,8 @@ static void delete_near(Bench *b, i64 count, int pinned) {
 /* Drop up to `count` values in front of readers from a random place on. */
 static void drop_near(Bench *b, i64 count, double stretch) {
     i64 slot = random_below(b, b->slots), seen = 0;
-    for (; count > 0 && seen < b->slots; seen++, slot = slot + 1 < b->slots ? slot + 1 : 0) {
+    for (; count > 0 && around(b, &slot, &seen); seen++, slot++) {
         i64 op = b->op_at[slot];
-        if (op < 0) continue;
         for (i64 e = b->g.in_ptr[op]; e < b->g.in_ptr[op + 1] && count > 0; e++) {
             i64 value = b->g.in_val[e], maker = b->g.producer[value];
             if (maker < 0 || !b->g.again[maker] || b->g.flags[value] & OUTPUT || uniform(b) < 0.5) continue;
@@ -54,23 +53,12 @@ static void drop_near(Bench *b, i64 count, double stretch) {
 static void shift_near(Bench *b, i64 count) {
     i64 slot = random_below(b, b->slots), seen = 0;
     begin(b);
-    for (; count > 0 && seen < b->slots; seen++, slot = slot + 1 < b->slots ? slot + 1 : 0) {
-        if (b->op_at[slot] < 0 || uniform(b) < 0.3) continue;
+    for (; count > 0 && around(b, &slot, &seen); seen++, slot++) {
+        if (uniform(b) < 0.3) continue;
         double reach = uniform(b);
         i64 by = (i64)(reach * reach * (double)(b->slots >> 2));
         count -= shift(b, slot, uniform(b) < 0.5 ? slot - by : slot + by);
     }
-}
-
-/* A slot of the most memory. */
-static i64 fullest(const Bench *b) {
-    i64 top = peak(b);
-    for (i64 block = 0; block << b->block_shift < b->slots; block++) {
-        if (b->block_max[block] < top) continue;
-        for (i64 slot = block << b->block_shift; slot < b->slots; slot++)
-            if (memory_at(b, slot) >= top) return slot;
-    }
-    return 0;
 }
 
 /* Where any of an execution's outputs is first read; END_SLOT when none is. */
