@@ -51,6 +51,7 @@ typedef struct {
     int varied;                    /* whether searches change the spacing */
     int block_shift;               /* slots per block of the memory profile, as a power of two */
     i64 events, logged, ranges, pins;
+    int dry;                       /* whether edits only note what they would change in memory */
     double makespan_s;
     int32_t *op_at;                /* per slot: op or -1 */
     int32_t *first;                /* per slot: first event of its execution */
@@ -145,6 +146,9 @@ void retain(Bench *b, i64 slot);
 i64 missing(Bench *b, i64 value, i64 reader, double stretch);
 int drop(Bench *b, i64 count, i64 reader);
 int shift(Bench *b, i64 slot, i64 wanted);
+
+/* deletion.c */
+int consider(Bench *b, i64 slot, i64 budget, double *saved_s);
 
 /* polish.c */
 int spend(Bench *b, i64 budget, i64 rounds, double noise);

@@ -99,10 +99,16 @@ static int spend_once(Bench *b, i64 budget, double noise) {
     for (i64 slot = taken_from(b, b->focus_low); slot < b->slots; slot = taken_from(b, slot + 1)) {
         i64 op = b->op_at[slot], mark = b->logged;
         if (op >= b->g.forwards || !has_previous(b, slot) || !in_focus(b, op, slot)) continue;
-        double before_s = b->makespan_s;
-        retain(b, slot);
-        if (fits(b, budget)) {
-            double cost = priced(b), gain = before_s - b->makespan_s;
+        double before_s = b->makespan_s, gain = 0;
+        int possible = consider(b, slot, budget, &gain);
+        if (possible >= 0) b->work++;
+        else {
+            retain(b, slot);
+            possible = fits(b, budget);
+            gain = before_s - b->makespan_s;
+        }
+        if (possible) {
+            double cost = priced(b);
             b->pick[count] = slot;
             b->worth[count++] = noisy(b, cost > 0 ? -gain / cost : -HUGE_VAL, cost > 0 ? noise : 0);
         }
@@ -113,9 +119,14 @@ static int spend_once(Bench *b, i64 budget, double noise) {
     for (i64 k = 0; k < count; k++) {
         i64 slot = b->pick[b->rank[k]], mark = b->logged;
         if (b->op_at[slot] < 0 || !has_previous(b, slot)) continue;
-        double before_s = b->makespan_s;
+        double before_s = b->makespan_s, gain;
+        int possible = consider(b, slot, budget, &gain);
+        if (!possible) {
+            b->work++;
+            continue;
+        }
         retain(b, slot);
-        if (fits(b, budget)) applied = 1;
+        if (possible > 0 || fits(b, budget)) applied = 1;
         else {
             undo_to(b, mark);
             b->makespan_s = before_s;
@@ -141,8 +152,15 @@ void settle(Bench *b, i64 budget, i64 slot, i64 count) {
             i64 mark = b->logged;
             double before_s = b->makespan_s;
             begin(b);
-            if (!shift(b, slot, later ? b->slots : 0)) continue;
-            if (priced(b) < 0 && fits(b, budget)) break;
+            b->dry = 1; /* most wouldn't pay */
+            double cost = shift(b, slot, later ? b->slots : 0) ? priced(b) : 0;
+            undo_to(b, mark);
+            b->makespan_s = before_s;
+            b->dry = 0;
+            if (cost >= 0) continue;
+            b->work--; /* counted */
+            shift(b, slot, later ? b->slots : 0);
+            if (fits(b, budget)) break;
             undo_to(b, mark);
             b->makespan_s = before_s;
         }

@@ -32,7 +32,8 @@ static void append(Bench *b, i64 value, i64 slot, int write) {
 /* Memory of every execution of a schedule that was just laid out, from the events. O(slots + events). */
 static void measure(Bench *b) {
     const Graph *g = &b->g;
-    i64 *change = b->rank_spare, spacing = b->spacing; /* executions stand at the ends of their spaces */
+    i64 *change = b->rank_spare;
+    int spacing = lowest_bit((uint64_t)b->spacing); /* a power of two; executions stand at the ends of their spaces */
     memset(change, 0, (size_t)(b->length + 1) * sizeof(i64));
     for (i64 value = 0; value < g->values; value++) {
         int32_t at = b->head[value];
@@ -47,8 +48,8 @@ static void measure(Bench *b) {
             int final = last < 0 || b->event[last].slot >= b->split;
             if (g->flags[value] & OUTPUT && start < b->split && final) stop = b->slots;
             if (start < stop) {
-                change[start / spacing] += g->size[value];
-                change[stop / spacing] -= g->size[value];
+                change[start >> spacing] += g->size[value];
+                change[stop >> spacing] -= g->size[value];
             }
             at = last;
         }
@@ -138,7 +139,7 @@ int held(const Bench *b, i64 value, int32_t event) {
 static void change(Bench *b, i64 start, i64 stop, i64 size) {
     stop = MIN(stop, b->slots);
     if (start >= stop || size == 0) return;
-    add(b, start, stop, size);
+    if (!b->dry) add(b, start, stop, size);
     b->touched_low = MIN(b->touched_low, start);
     b->touched_high = MAX(b->touched_high, stop);
     if (b->ranges < b->event_space) b->range[b->ranges++] = (Range){start, stop, size};
@@ -183,7 +184,7 @@ static i64 live_at(const Bench *b, i64 slot) {
 static void place(Bench *b, i64 op, i64 slot) {
     const Graph *g = &b->g;
     int32_t at = b->first[slot];
-    open_slot(b, slot, live_at(b, slot) + g->transient[op]);
+    if (!b->dry) open_slot(b, slot, live_at(b, slot) + g->transient[op]);
     b->op_at[slot] = (int32_t)op;
     for (i64 e = g->in_ptr[op]; e < g->in_ptr[op + 1]; e++) {
         i64 value = g->in_val[e];
@@ -225,7 +226,7 @@ static void displace(Bench *b, i64 slot) {
             change(b, b->event[previous].slot + 1, slot + 1, -g->size[value]);
         leave_list(b, at);
     }
-    close_slot(b, slot);
+    if (!b->dry) close_slot(b, slot);
     b->op_at[slot] = -1;
     b->makespan_s -= g->time_s[op];
     b->length--;
