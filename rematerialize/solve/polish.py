@@ -7,6 +7,7 @@ between their neighbours are searched once more. Counted work, not the clock, en
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from rematerialize.solve.step import Plan
 
 Job = TypeVar("Job")
 Found = TypeVar("Found")
-THREADS = 2
+THREADS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 RESTART = 10_000  # moves after which a search starts again from its best plan
 HARD, HARDEST = 3, 9  # how much more levels near the minimum of a small step get, and the minimum itself
 DEEP = 4  # how much more the lowest plans of a small step get for going lower still

@@ -153,7 +153,7 @@ class Splicer:
         memory, bounds = step.timeline(plan), [0, *places]
         return _Cuts(
             places,
-            [self._state(at) for at in zip(done, needed, strict=True)],
+            [self._state(at) for at in zip(done, needed, strict=False)],  # without backward ops, the end is no place
             [max(memory[a:b], default=0) for a, b in pairwise(bounds)],
             [step.duration_s(order[a:b]) for a, b in pairwise(bounds)],
         )

@@ -32,7 +32,9 @@ Bench *bench_new(const Graph *g, i64 length, int varied) {
     b->g = *g;
     bench_limit(b, length, varied);
     size_t slots = (size_t)b->slot_space + 2, events = (size_t)b->event_space + 2;
-    size_t words = 2 * ((slots >> WORD) + 2), widest = slots > events ? slots : events;
+    /* Whole blocks: up to one more than there are slots for, of as many slots or the least. */
+    size_t words = 2 * (slots >> WORD) + (SPACING << WIDENINGS << LEAST_SHIFT >> WORD) + 2;
+    size_t widest = slots > events ? slots : events;
     b->op_at = calloc(slots, sizeof(int32_t));
     b->first = calloc(slots, sizeof(int32_t));
     b->memory = calloc(slots, sizeof(i64));

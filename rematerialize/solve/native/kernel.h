@@ -23,6 +23,7 @@ typedef int64_t i64;
 #define NOTHING (-((i64)1 << 61))   /* the most memory of no executions at all */
 #define END_SLOT ((i64)1 << 60)     /* the slot of a reader that never lets go */
 #define WORD 6                      /* slots per word of `taken`, as a power of two */
+#define LEAST_SHIFT 4               /* executions per block of memory when laid out, as a power of two, at least */
 
 enum { OUTPUT = 1, GRADIENT = 2, TANGENT = 4 };
 

@@ -14,7 +14,6 @@
 
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
-#define FEW 4 /* entries per block when laid out, as a power of two, at least */
 
 /* First entry of a block at or after a slot; those before the block count as its first. */
 static inline i64 entry(const Bench *b, i64 block, i64 slot) {
@@ -41,7 +40,7 @@ static inline void refresh(Bench *b, i64 block) {
 
 /* Set all entries of a schedule that was just laid out, from what changes at each execution and stays. O(slots). */
 WIDE void arrange(Bench *b, const i64 *change) {
-    int spacing = lowest_bit((uint64_t)b->spacing), shift = spacing + FEW; /* both are powers of two */
+    int spacing = lowest_bit((uint64_t)b->spacing), shift = spacing + LEAST_SHIFT; /* both are powers of two */
     while ((i64)4 << 2 * (shift - spacing) < b->length) shift++; /* some sqrt(length) entries */
     b->block_shift = MAX(shift, WORD);
     i64 count = (b->slots >> b->block_shift) + 1, live = 0, rank = 0, at = 0;
