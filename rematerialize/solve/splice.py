@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-from rematerialize.solve.step import Plan, Step
+import numpy as np
+from numpy.typing import NDArray
 
-NEVER = float("inf")
+from rematerialize.solve.native import fastest_splice
+from rematerialize.solve.step import Plan, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +29,42 @@ class _Cuts:
     ----------
     places : list of int
         Where each part but the first begins, and the end.
-    states : list of int
-        What each place is like: of the splicer's states.
-    peaks, seconds : list
-        Memory in bytes and time of each part.
+    states : array of int32
+        What each place but the end is like, of the splicer's states.
+    peaks : list of int
+        Memory in bytes of each part.
+    seconds : array of float64
+        Time of each part.
     """
 
     places: list[int]
-    states: list[int]
+    states: NDArray[np.int32]
     peaks: list[int]
-    seconds: list[float]
+    seconds: NDArray[np.float64]
+
+
+class _States:
+    """What plans are like after backward ops, by number: which of them have run, and which values are read later."""
+
+    def __init__(self, values: int) -> None:
+        self._words = max(-(-values // 64), 1)
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._done: dict[int, int] = {}
+        self._rows: list[int] = []
+        self._needed: list[bytes] = []
+
+    def number(self, done: int, needed: int) -> int:
+        """Return the number of a state: ops that have run and values made before that are read after it, as bits."""
+        if (done, needed) not in self._numbers:
+            self._numbers[done, needed] = len(self._rows)
+            self._rows.append(self._done.setdefault(done, len(self._done)))
+            self._needed.append(needed.to_bytes(8 * self._words, "little"))
+        return self._numbers[done, needed]
+
+    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.uint64]]:
+        """Return per state the number of what has run, and the values as bits."""
+        needed = np.frombuffer(b"".join(self._needed), "<u8").reshape(len(self._rows), self._words)
+        return np.array(self._rows, np.int32), needed
 
 
 class Splicer:
@@ -50,9 +78,7 @@ class Splicer:
     def __init__(self, step: Step) -> None:
         self._step = step
         self._cuts: dict[Plan, _Cuts] = {}
-        # As bits: the backward ops that have run, and the values made before that are read after it.
-        self._states: list[tuple[int, int]] = []
-        self._known: dict[tuple[int, int], int] = {}
+        self._states = _States(len(step.size_bytes))
 
     @cached_property
     def _always(self) -> int:
@@ -80,28 +106,18 @@ class Splicer:
         level : int
         """
         cuts = [self._cuts.get(plan) or self._cuts.setdefault(plan, self._cut(plan)) for plan in plans]
-        parts = len(cuts[0].seconds)
-        rest_s = [0.0] * len(plans)
-        onward: list[list[int]] = []  # by part, last first: the plan to go on with
-        for part in range(parts - 1, 0, -1):
-            stay = [
-                cut.seconds[part] + rest if cut.peaks[part] <= level else NEVER
-                for cut, rest in zip(cuts, rest_s, strict=True)
+        fits = [bytes(map(level.__ge__, cut.peaks)) for cut in cuts]
+        found = fastest_splice(
+            [
+                np.stack([cut.seconds for cut in cuts]),
+                np.frombuffer(b"".join(fits), np.bool_),
+                np.stack([cut.states for cut in cuts]),
+                *self._states.arrays(),
             ]
-            states = [cut.states[part - 1] for cut in cuts]
-            first: dict[int, int] = {}  # by state, the fastest plan that goes on from it
-            for index in sorted(range(len(plans)), key=stay.__getitem__):
-                first.setdefault(states[index], index)
-            best = self._onward(first)
-            chosen = [best[state] if stay[best[state]] < stay[index] else index for index, state in enumerate(states)]
-            rest_s = [stay[index] for index in chosen]
-            onward.append(chosen)
-        total_s = [
-            cut.seconds[0] + rest if cut.peaks[0] <= level else NEVER for cut, rest in zip(cuts, rest_s, strict=True)
-        ]
-        index = min(range(len(plans)), key=total_s.__getitem__)
-        if total_s[index] == NEVER:
+        )
+        if found is None:
             return None
+        index, onward = found
         joined = self._joined(plans, cuts, onward, index)
         if self._step.peak_bytes(joined) <= level:
             return joined
@@ -109,30 +125,12 @@ class Splicer:
         fitting = [plan for plan, cut in zip(plans, cuts, strict=True) if max(cut.peaks) <= level]
         return min(fitting, key=lambda plan: self._step.duration_s(plan.order), default=None)
 
-    def _onward(self, first: dict[int, int]) -> dict[int, int]:
-        """Return by state the first plan, of one per state, that may go on from there: it reads no more."""
-        groups: dict[int, list[tuple[int, int]]] = {}
-        for state, index in first.items():
-            done, needed = self._states[state]
-            groups.setdefault(done, []).append((needed, index))
-        onward = {}
-        for state in first:
-            done, needed = self._states[state]
-            missing = ~needed
-            for read, index in groups[done]:
-                if not read & missing:
-                    onward[state] = index
-                    break
-        return onward
-
-    def _joined(
-        self, plans: Sequence[Plan], cuts: Sequence[_Cuts], onward: Sequence[Sequence[int]], index: int
-    ) -> Plan:
+    def _joined(self, plans: Sequence[Plan], cuts: Sequence[_Cuts], onward: NDArray[np.int32], index: int) -> Plan:
         """Return the plan that begins as one of the plans and goes on, part by part, as it is said there."""
         split = plans[index].split
         order = list(plans[index].order[:split])
-        for part, chosen in enumerate(reversed(onward)):
-            index = chosen[index]
+        for part, chosen in enumerate(onward):
+            index = int(chosen[index])
             places = cuts[index].places
             order += plans[index].order[places[part] : places[part + 1]]
         return self._step.prune(order, split)
@@ -150,16 +148,11 @@ class Splicer:
         needed.append(wanted & ~self._always)
         needed.reverse()
         done = accumulate((1 << order[at - 1] for at in ends), int.__or__, initial=0)
+        states = [self._states.number(*state) for state in zip(done, needed, strict=False)]
         memory, bounds = step.timeline(plan), [0, *places]
         return _Cuts(
             places,
-            [self._state(at) for at in zip(done, needed, strict=False)],  # without backward ops, the end is no place
+            np.array(states[: len(places) - 1], np.int32),
             [max(memory[a:b], default=0) for a, b in pairwise(bounds)],
-            [step.duration_s(order[a:b]) for a, b in pairwise(bounds)],
+            np.array([step.duration_s(order[a:b]) for a, b in pairwise(bounds)]),
         )
-
-    def _state(self, state: tuple[int, int]) -> int:
-        if state not in self._known:
-            self._known[state] = len(self._states)
-            self._states.append(state)
-        return self._known[state]

@@ -67,6 +67,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "rotor_actions": (number, [pointer, number, number, number, pointer]),
         "join_fill": (None, [pointer]),
         "join_pieces": (number, [pointer, number, pointer]),
+        "splice": (number, [pointer]),
         "lower": (ctypes.c_int, [pointer, number, number, ctypes.c_uint64]),
         "improve": (ctypes.c_int, [pointer, number, number, real, ctypes.c_uint64]),
     }
@@ -234,6 +235,29 @@ def closure_flow(price: float, arrays: Sequence[NDArray[Any]], room: float, pass
     addresses = [array.ctypes.data for array in arrays]
     values, ops = len(passed), len(arrays[0])
     return float(_library.closure_flow(price, values, ops, *addresses, room, passed.ctypes.data))
+
+
+class _Splice(ctypes.Structure):
+    _fields_ = (
+        *((name, _I64) for name in ("plans", "parts", "words", "known")),
+        *((name, ctypes.c_void_p) for name in ("seconds", "fits", "state", "done", "needed", "onward")),
+    )
+
+
+def fastest_splice(arrays: Sequence[NDArray[Any]]) -> tuple[int, NDArray[np.int32]] | None:
+    """Return with which plan to begin, and before each part but the first with which to go on; None if none fits.
+
+    ``arrays`` are C-contiguous: seconds (float64) and whether they fit (bool) of every part of each plan, the states
+    (int32) before each part but the first, and per state what is done (int32) and what is needed (uint64, as bits).
+    """
+    assert _library is not None, "only compiled searches make plans to splice"
+    (plans, parts), (known, words) = arrays[0].shape, arrays[4].shape
+    onward = np.empty((parts - 1, plans), np.int32)
+    structure = _Splice(plans, parts, words, known, *(array.ctypes.data for array in (*arrays, onward)))
+    first = int(_library.splice(ctypes.byref(structure)))
+    if first == -2:
+        raise MemoryError("splicing plans")
+    return None if first < 0 else (first, onward)
 
 
 class FlatStep:
