@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from rematerialize.capture import CapturedStep, FlatInputs, flatten_inputs
+from rematerialize.capture import CapturedStep, FlatInputs
 from rematerialize.emit import EmittedStep
+from rematerialize.plans import Plan, as_captured
 from rematerialize.prepare import PreparedStep, home_of
-from rematerialize.runtime import TrainingStep, check_surroundings, needed_outputs
-from rematerialize.signature import signature
+from rematerialize.runtime import TrainingStep, needed_outputs
 from rematerialize.torch_private import tree_flatten
+from rematerialize.wrapper import RematerializedForward
 
 RUNS = 15
+CACHES = 32 << 20  # bytes
 
 
 def call_seconds(prepared: PreparedStep, model: nn.Module, inputs: FlatInputs) -> float:
@@ -41,35 +43,52 @@ def call_seconds(prepared: PreparedStep, model: nn.Module, inputs: FlatInputs) -
     """
     if prepared.analytic or home_of(model).type != "cpu":
         return 0.0
-    hollow = _Hollow(prepared.captured)
+    forward = RematerializedForward(model, _Nothing(), max_plans=1)
+    forward.keep(inputs, as_captured(prepared), _HollowStep.of(prepared.captured))
     args, kwargs = inputs.rebuild(inputs.tensors)
+    blanks = _Blanks()
 
     def run() -> None:
         for parameter in model.parameters():  # as `zero_grad` does
             _ = parameter.grad
-        flat = flatten_inputs(args, kwargs)
-        check_surroundings((*model.parameters(), *model.buffers(), *flat.tensors))
-        signature(model, flat)
-        for slot in prepared.captured.slots:
-            slot.read()
-        hollow.run()
+        outputs = [leaf for leaf in tree_flatten(forward.run_planned(args, kwargs))[0] if isinstance(leaf, Tensor)]
+        outputs = [output for output in outputs if output.requires_grad]
+        torch.autograd.backward(outputs, [blanks.like(output) for output in outputs])
 
     with torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
-        hollow.load([*(slot.read() for slot in prepared.captured.slots), *inputs.tensors])
+        run()
         return _median_s(run)
 
 
-class _Hollow:
-    """A step whose kernels do nothing: it hands out tensors of the right shapes that nobody has written."""
+class _Nothing:
+    """Plans nothing: the one step that is needed is there."""
 
-    def __init__(self, captured: CapturedStep) -> None:
+    def held_bytes(self, model: nn.Module, inputs: FlatInputs) -> int:
+        """No budget has to leave room for gradients."""
+        return 0
+
+    def __call__(self, model: nn.Module, forward: Callable[..., Any], inputs: FlatInputs) -> tuple[Plan, TrainingStep]:
+        raise AssertionError("the inputs are those of the capture")
+
+
+class _HollowStep(TrainingStep):
+    """A step whose kernels do nothing: it hands out tensors of the right shapes that nobody has written.
+
+    It runs with stand-ins for the primals, which share their memory: gradients and hooks are theirs alone.
+    """
+
+    __slots__ = ("_primals",)
+    _primals: list[Tensor]
+
+    @classmethod
+    def of(cls, captured: CapturedStep) -> _HollowStep:
+        """The step that was captured, without its kernels and what its forward leaves in Python."""
         joint = captured.joint
-        self._blanks = _Blanks()
         outputs = tuple(needed_outputs(joint))
         primals = tuple(range(len(joint.primals)))
         emitted = EmittedStep(
-            forward=self._graph([joint.outputs[index] for index in outputs]),
-            backward=self._graph(joint.gradients),
+            forward=_hollow_graph([joint.outputs[index] for index in outputs]),
+            backward=_hollow_graph(joint.gradients),
             forward_primals=primals,
             backward_primals=primals,
             backward_tangents=tuple(range(len(joint.tangents))),
@@ -77,31 +96,25 @@ class _Hollow:
             saved_outputs=(),
             recomputes=False,
         )
-        self._step = _HollowStep(replace(captured, left=()), emitted)
-        self._primals: list[Tensor] = []
+        step = cls(replace(captured, left=()), emitted)
+        object.__setattr__(step, "_primals", [])
+        return step
 
-    def load(self, primals: list[Tensor]) -> None:
-        """Take stand-ins for the primals: gradients and hooks are theirs alone."""
-        self._primals = [primal.detach().requires_grad_(primal.requires_grad) for primal in primals]
-
-    def run(self) -> None:
-        """A forward and a backward through all outputs."""
+    def __call__(self, primals: Sequence[Tensor]) -> Any:
+        if not self._primals:
+            self._primals.extend(primal.detach().requires_grad_(primal.requires_grad) for primal in primals)
         for primal in self._primals:
             primal.grad = None
-        outputs = [leaf for leaf in tree_flatten(self._step(self._primals))[0] if isinstance(leaf, Tensor)]
-        outputs = [output for output in outputs if output.requires_grad]
-        torch.autograd.backward(outputs, [self._blanks.like(output) for output in outputs])
-
-    def _graph(self, nodes: Iterable[fx.Node | None]) -> fx.GraphModule:
-        values = [None if node is None else node.meta["val"] for node in nodes]
-        return cast(fx.GraphModule, _HollowGraph(self._blanks, values))
-
-
-class _HollowStep(TrainingStep):
-    """Its backward is the same, whichever tangents are there."""
+        return TrainingStep.__call__(self, self._primals)
 
     def backward(self, box: Any) -> fx.GraphModule:
+        """The same, whichever tangents are there."""
         return self.emitted.backward
+
+
+def _hollow_graph(nodes: Iterable[fx.Node | None]) -> fx.GraphModule:
+    values = [None if node is None else node.meta["val"] for node in nodes]
+    return cast(fx.GraphModule, _HollowGraph(_Blanks(), values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +150,10 @@ def _median_s(run: Callable[[], None]) -> float:
 
 
 def _times(run: Callable[[], None]) -> Iterator[float]:
-    for _ in range(RUNS):
+    """Times of runs that find the caches full of something else, as kernels leave them: their code and data."""
+    other = torch.empty(CACHES, dtype=torch.uint8)
+    for at in range(RUNS):
+        other.fill_(at)
         start = time.perf_counter()
         run()
         yield time.perf_counter() - start

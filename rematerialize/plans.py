@@ -291,3 +291,19 @@ def below_minimum(asked: int, minimum: int, scope: Scope) -> BudgetError:
         f"({format_bytes(minimum)}{least}); raise the budget or make the batch smaller",
         minimum_bytes=minimum,
     )
+
+
+def as_captured(prepared: PreparedStep) -> Plan:
+    """The plan that runs what was captured, in its order: a planner's would reorder it for a lower peak."""
+    schedule = prepared.planner.store_all()
+    return Plan(
+        graph=prepared.graph,
+        schedule=schedule,
+        budget_bytes=schedule.peak_bytes,
+        store_all_peak_bytes=schedule.peak_bytes,
+        store_all_time_s=schedule.time_s,
+        searched_minimum_bytes=schedule.peak_bytes,
+        resident_bytes=prepared.resident_bytes,
+        plan_s=0.0,
+        prepared=prepared,
+    )

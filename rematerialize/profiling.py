@@ -13,7 +13,7 @@ from rematerialize import torch_private as private
 from rematerialize.budget import optimizer_bytes
 from rematerialize.call_cost import call_seconds
 from rematerialize.capture import FlatInputs
-from rematerialize.plans import Plan
+from rematerialize.plans import as_captured
 from rematerialize.prepare import PreparedStep, Progress, bind_inputs, check_model, prepare_example
 from rematerialize.report.modules import NO_LINE, WHOLE, LiveTensor, ModuleRow, module_rows, top_tensors
 from rematerialize.report.notebook import profile_html
@@ -311,24 +311,8 @@ def profile(
         return found
     if progress is not None:
         progress("measure", 0, 1)
-    eager, (ours,) = try_plans(model, example_inputs, [_as_captured(prepared)])
+    eager, (ours,) = try_plans(model, example_inputs, [as_captured(prepared)])
     return replace(found, measured=Measured(ours.peak_bytes, ours.step_s, eager.peak_bytes, eager.step_s))
-
-
-def _as_captured(prepared: PreparedStep) -> Plan:
-    """The plan that runs what was captured, in its order: a planner's would reorder it for a lower peak."""
-    schedule = prepared.planner.store_all()
-    return Plan(
-        graph=prepared.graph,
-        schedule=schedule,
-        budget_bytes=schedule.peak_bytes,
-        store_all_peak_bytes=schedule.peak_bytes,
-        store_all_time_s=schedule.time_s,
-        searched_minimum_bytes=schedule.peak_bytes,
-        resident_bytes=prepared.resident_bytes,
-        plan_s=0.0,
-        prepared=prepared,
-    )
 
 
 def _resident(prepared: PreparedStep, inputs: FlatInputs) -> dict[str, int]:

@@ -86,10 +86,11 @@ class RematerializedForward:
             args = args[1:]
         if not (self.model.training and torch.is_grad_enabled()):
             return self.original(*args, **kwargs)
-        return self._train(args, kwargs)
+        return self.run_planned(args, kwargs)
 
     @private.outside_of_dynamo
-    def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_planned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's output, by the step that is planned for such inputs; plans it if there is none."""
         inputs = flatten_inputs(args, without_past(self.original, args, kwargs))
         if not any(tensor.requires_grad for tensor in itertools.chain(self.model.parameters(), inputs.tensors)):
             return self.original(*args, **kwargs)  # all is frozen: there is nothing to plan
@@ -109,7 +110,7 @@ class RematerializedForward:
 
     def _entry(self, inputs: FlatInputs) -> tuple[Plan, TrainingStep]:
         with self._lock:
-            key = (signature(self.model, inputs), self.plan_signature.held_bytes(self.model, inputs))
+            key = self._key(inputs)
             entries = self._steps.get(key, [])
             for entry in entries:
                 if entry[1].captured.fits(inputs):
@@ -135,6 +136,13 @@ class RematerializedForward:
             sum(map(len, self._steps.values())),
         )
         return entry[:2]
+
+    def _key(self, inputs: FlatInputs) -> _Key:
+        return signature(self.model, inputs), self.plan_signature.held_bytes(self.model, inputs)
+
+    def keep(self, inputs: FlatInputs, plan: Plan, step: TrainingStep) -> None:
+        """Take a plan and its step as those for such inputs."""
+        self._keep(self._key(inputs), (plan, step, tuple(self.model.modules())))
 
     def _keep(self, key: _Key, entry: _Entry) -> None:
         self._steps.setdefault(key, []).append(entry)

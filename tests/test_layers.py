@@ -46,7 +46,7 @@ LAYERS = {
     "signature": 6,
     "prepare": 8,
     "analytic": 9,
-    "call_cost": 9,
+    "call_cost": 11,
     "plan_file": 2,
     "plans": 9,
     "targets/": 10,
