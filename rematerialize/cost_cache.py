@@ -23,7 +23,7 @@ import torch
 from rematerialize import torch_private as private
 from rematerialize.capture.lower import KernelCost
 
-_FORMAT = "rematerialize.costs/5"
+_FORMAT = "rematerialize.costs/6"
 
 
 @dataclass(frozen=True, slots=True)

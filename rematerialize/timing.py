@@ -65,19 +65,37 @@ def _neighbours(kernels: Mapping[str, tuple[Kernel, float]]) -> Iterator[list[st
         yield group
 
 
-class _Clock:
-    """One kernel's runs. Small results are held until some more kernels have run.
+class _Results:
+    """What the last kernels made: small results are held until some more kernels have run.
 
     In a step a kernel doesn't find in the caches where it writes: what was there is still needed. Dropped at once,
     results made the steps of small networks seem a tenth faster than they are; kept to the end of a round, their
     kernels a third slower.
     """
 
-    def __init__(self, kernel: Kernel, held: deque[Any]) -> None:
+    def __init__(self) -> None:
+        self._held: deque[tuple[_Clock, list[Any]]] = deque()
+
+    def take(self, clock: _Clock, result: list[Any]) -> None:
+        """Hold a result, in a list that alone has it, and free what was held for long."""
+        if clock.large:
+            clock.free(result)
+            return
+        self._held.append((clock, result))
+        if len(self._held) > _HELD_RESULTS:
+            owner, oldest = self._held.popleft()
+            owner.free(oldest)
+
+
+class _Clock:
+    """One kernel's runs, and how long it takes to free what they make: a tenth of a step of very small kernels."""
+
+    def __init__(self, kernel: Kernel, results: _Results) -> None:
         self._run = prepare_kernel(kernel)
-        large = bytes_of(node for node, _ in kernel.calls) > _CACHED_BYTES  # in no cache, wherever it is written
-        self._held = deque[Any](maxlen=0) if large else held
+        self.large = bytes_of(node for node, _ in kernel.calls) > _CACHED_BYTES  # in no cache, wherever it is written
+        self._results = results
         self._cuda = any(device.type == "cuda" for device in devices_of(kernel))
+        self._freed_s: list[float] = []
         self._cold_s = self._timed()
         self._times: list[float] = []
 
@@ -88,6 +106,12 @@ class _Clock:
     def run(self) -> None:
         self._times.append(self._timed())
 
+    def free(self, result: list[Any]) -> None:
+        """Free what a run made."""
+        start = time.perf_counter()
+        result.clear()
+        self._freed_s.append(0.0 if self._cuda else time.perf_counter() - start)  # a device works on meanwhile
+
     def enough(self, allowed_s: float) -> bool:
         return len(self._times) >= _MOST_RUNS or sum(self._times) >= allowed_s
 
@@ -95,24 +119,24 @@ class _Clock:
         """The median so far."""
         if len(self._times) == 1 and self._times[0] > _STALLED * self._cold_s:
             self._times += [self._cold_s, self._timed()]  # something held the machine up, and used the time up
-        return statistics.median(self._times)
+        return statistics.median(self._times) + statistics.median(self._freed_s or [0.0])
 
     def _timed(self) -> float:
         if self._cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        result = self._run()
+        result = [self._run()]
         if self._cuda:
             torch.cuda.synchronize()
         took_s = time.perf_counter() - start
-        self._held.append(result)
+        self._results.take(self, result)
         return took_s
 
 
 def _time_in_turns(kernels: Mapping[str, Kernel], allowed_s: float, tell: Callable[[str, float], None]) -> None:
     """Warm runs of neighbours in rounds, at least one: of each as many as fit into the time that is allowed for it."""
-    held = deque[Any](maxlen=_HELD_RESULTS)
-    clocks = {name: _Clock(kernel, held) for name, kernel in kernels.items()}
+    results = _Results()
+    clocks = {name: _Clock(kernel, results) for name, kernel in kernels.items()}
     running = dict(clocks)
     try:
         while running:

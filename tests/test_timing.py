@@ -19,19 +19,21 @@ from rematerialize.views import view_kernels, with_views
 
 
 class Clock:
-    """A clock that kernels advance: each by the seconds that it was given, run after run."""
+    """A clock that kernels advance, each by the seconds that it was given, run after run, and so do their results."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.log: list[str] = []
         self.takes: dict[str, Callable[[], float]] = {}
+        self.frees: dict[str, float] = {}
         monkeypatch.setattr(timing, "prepare_kernel", self.prepare)
         monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
 
-    def prepare(self, kernel: Kernel) -> Callable[[], None]:
-        def run() -> None:
+    def prepare(self, kernel: Kernel) -> Callable[[], Result]:
+        def run() -> Result:
             self.log.append(kernel.name)
             self.now += self.takes[kernel.name]()
+            return Result(self, self.frees.get(kernel.name, 0.0))
 
         return run
 
@@ -40,6 +42,24 @@ class Clock:
         kernels = {name: (Kernel(name, "forward", [], [], []), 1.0) for name in self.takes}
         time_kernels(kernels, limit_s, found.__setitem__)
         return found
+
+
+class Result:
+    """What a kernel makes."""
+
+    def __init__(self, clock: Clock, takes_s: float) -> None:
+        self.clock = clock
+        self.takes_s = takes_s
+
+    def __del__(self) -> None:
+        self.clock.now += self.takes_s
+
+
+def test_a_kernel_pays_for_freeing_what_it_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.takes = {name: lambda: 1e-4 for name in ("first", "second", "third")}
+    clock.frees = {"first": 2e-4, "third": 5e-4}
+    assert clock.times(1000.0) == pytest.approx({"first": 3e-4, "second": 1e-4, "third": 6e-4})
 
 
 def test_neighbours_run_in_turns_and_slow_ones_stop_first(monkeypatch: pytest.MonkeyPatch) -> None:
