@@ -41,7 +41,8 @@ static void sort(int32_t *order, i64 count, const double *stay_s) {
 /* Fill `onward`; return the plan to begin with, -1 when none fits, -2 without memory. */
 i64 splice(const Splice *s) {
     i64 best = -1, plans = s->plans;
-    double *stay_s = malloc((size_t)plans * sizeof(double)), *rest_s = calloc((size_t)plans, sizeof(double)), best_s = HUGE_VAL;
+    double *stay_s = malloc((size_t)plans * sizeof(double)), *rest_s = calloc((size_t)plans, sizeof(double));
+    double best_s = HUGE_VAL;
     int32_t *order = malloc((size_t)plans * sizeof(int32_t));
     int32_t *first = malloc((size_t)plans * sizeof(int32_t));          /* of each state the fastest plan, fastest first */
     int32_t *next = malloc((size_t)(s->known + 1) * sizeof(int32_t));  /* per state: the plan to go on with */
@@ -80,6 +81,7 @@ i64 splice(const Splice *s) {
             best = plan;
         }
     }
-    free(stay_s); free(rest_s); free(order); free(first); free(next); free(seen);
+    void *scratch[] = {stay_s, rest_s, order, first, next, seen};
+    for (size_t k = 0; k < sizeof scratch / sizeof *scratch; k++) free(scratch[k]);
     return best;
 }
