@@ -8,9 +8,10 @@
 
 void bench_free(Bench *b) {
     if (!b) return;
-    void *parts[] = {b->op_at, b->first, b->taken, b->before, b->memory, b->block_max, b->block_add, b->made, b->event, b->head, b->tail,
-                     b->log_op, b->log_first, b->log_slot, b->range, b->mark, b->needed, b->price, b->priced_taken, b->priced_before, b->pick, b->pick_reader,
-                     b->worth, b->rank, b->rank_spare, b->saved};
+    void *parts[] = {b->op_at, b->first, b->taken, b->before, b->memory, b->block_max, b->block_add, b->made,
+                     b->event, b->head, b->tail, b->log_op, b->log_first, b->log_slot, b->range, b->mark, b->needed,
+                     b->price, b->priced_taken, b->priced_before, b->pick, b->pick_reader, b->worth, b->rank,
+                     b->rank_spare, b->saved};
     for (size_t k = 0; k < sizeof parts / sizeof *parts; k++) free(parts[k]);
     free(b);
 }

@@ -105,7 +105,7 @@ i64 taken_before(const Bench *b, i64 slot) {
     return (word << WORD) + highest_bit(bits);
 }
 
-/* Move on to the next taken slot, from the last slot to the first; 0 after a whole turn. `seen`: slots passed so far. */
+/* Move on to the next taken slot, from the last slot to the first; 0 after a whole turn. `seen`: slots passed. */
 int around(const Bench *b, i64 *slot, i64 *seen) {
     for (int turn = 0; turn < 2; turn++) {
         i64 next = taken_from(b, *slot);

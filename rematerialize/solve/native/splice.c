@@ -44,17 +44,19 @@ i64 splice(const Splice *s) {
     double *stay_s = malloc((size_t)plans * sizeof(double)), *rest_s = calloc((size_t)plans, sizeof(double));
     double best_s = HUGE_VAL;
     int32_t *order = malloc((size_t)plans * sizeof(int32_t));
-    int32_t *first = malloc((size_t)plans * sizeof(int32_t));          /* of each state the fastest plan, fastest first */
-    int32_t *next = malloc((size_t)(s->known + 1) * sizeof(int32_t));  /* per state: the plan to go on with */
-    i64 *seen = calloc((size_t)s->known + 1, sizeof(i64));             /* per state: part in which it was met last */
+    int32_t *first = malloc((size_t)plans * sizeof(int32_t));         /* the fastest plan of each state, in order */
+    int32_t *next = malloc((size_t)(s->known + 1) * sizeof(int32_t)); /* per state: the plan to go on with */
+    i64 *seen = calloc((size_t)s->known + 1, sizeof(i64));            /* per state: part in which it was met last */
     if (!stay_s || !rest_s || !order || !first || !next || !seen) best = -2;
     for (i64 plan = 0; plan < plans && best == -1; plan++) order[plan] = (int32_t)plan;
     for (i64 part = s->parts - 1; part > 0 && best == -1; part--) {
         const int32_t *state = s->state + part - 1;
         int32_t *chosen = s->onward + (part - 1) * plans;
         i64 states = 0, width = s->parts - 1;
-        for (i64 plan = 0; plan < plans; plan++)
-            stay_s[plan] = s->fits[plan * s->parts + part] ? s->seconds[plan * s->parts + part] + rest_s[plan] : HUGE_VAL;
+        for (i64 plan = 0; plan < plans; plan++) {
+            i64 at = plan * s->parts + part;
+            stay_s[plan] = s->fits[at] ? s->seconds[at] + rest_s[plan] : HUGE_VAL;
+        }
         sort(order, plans, stay_s);
         for (i64 k = 0; k < plans; k++) {
             int32_t here = state[order[k] * width];
