@@ -148,11 +148,11 @@ class Splicer:
         needed.append(wanted & ~self._always)
         needed.reverse()
         done = accumulate((1 << order[at - 1] for at in ends), int.__or__, initial=0)
-        states = [self._states.number(*state) for state in zip(done, needed, strict=False)]
+        states = [self._states.number(*state) for state in zip(done, needed[:-1], strict=False)]  # not at the end
         memory, bounds = step.timeline(plan), [0, *places]
         return _Cuts(
             places,
-            np.array(states[: len(places) - 1], np.int32),
+            np.array(states, np.int32),
             [max(memory[a:b], default=0) for a, b in pairwise(bounds)],
             np.array([step.duration_s(order[a:b]) for a, b in pairwise(bounds)]),
         )

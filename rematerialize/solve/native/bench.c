@@ -4,8 +4,6 @@
 
 #include <stdlib.h>
 
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-
 void bench_free(Bench *b) {
     if (!b) return;
     void *parts[] = {b->op_at, b->first, b->taken, b->before, b->memory, b->block_max, b->block_add, b->made,
@@ -26,6 +24,12 @@ void bench_limit(Bench *b, i64 length, int varied) {
     b->event_space = operands * (2 + 2 * length / MAX(b->g.ops, 1)) + 2 * b->g.values + 256;
 }
 
+static void *room(size_t count, size_t size, int *failed) {
+    void *found = calloc(count, size);
+    if (!found) *failed = 1;
+    return found;
+}
+
 /* A bench with room for schedules of `length` executions; 0 without memory. The graph's arrays stay the caller's. */
 Bench *bench_new(const Graph *g, i64 length, int varied) {
     Bench *b = calloc(1, sizeof *b);
@@ -36,37 +40,35 @@ Bench *bench_new(const Graph *g, i64 length, int varied) {
     /* Whole blocks: up to one more than there are slots for, of as many slots or the least. */
     size_t words = 2 * (slots >> WORD) + (SPACING << WIDENINGS << LEAST_SHIFT >> WORD) + 2;
     size_t widest = slots > events ? slots : events;
-    b->op_at = calloc(slots, sizeof(int32_t));
-    b->first = calloc(slots, sizeof(int32_t));
-    b->memory = calloc(slots, sizeof(i64));
-    b->taken = calloc(words, sizeof(uint64_t));
-    b->before = calloc(words, sizeof(int32_t));
-    b->priced_taken = calloc(words, sizeof(uint64_t));
-    b->priced_before = calloc(words, sizeof(int32_t));
-    b->block_max = calloc(words, sizeof(i64));
-    b->block_add = calloc(words, sizeof(i64));
-    b->made = calloc((size_t)g->ops + 1, sizeof(i64));
-    b->event = calloc(events, sizeof(Event));
-    b->head = calloc((size_t)g->values + 1, sizeof(int32_t));
-    b->tail = calloc((size_t)g->values + 1, sizeof(int32_t));
-    b->log_op = calloc(slots, sizeof(int32_t));
-    b->log_first = calloc(slots, sizeof(int32_t));
-    b->log_slot = calloc(slots, sizeof(i64));
-    b->range = calloc(events, sizeof(Range));
-    b->mark = calloc((size_t)g->ops + 1, sizeof(int32_t));
-    b->needed = calloc((size_t)g->ops + 1, sizeof(int32_t));
-    b->price = calloc(slots, sizeof(double));
-    b->pick = calloc(widest, sizeof(i64));
-    b->pick_reader = calloc(widest, sizeof(i64));
-    b->worth = calloc(widest, sizeof(double));
-    b->rank = calloc(widest, sizeof(i64));
-    b->rank_spare = calloc(widest, sizeof(i64));
-    b->saved = calloc(slots, sizeof(i64));
+    int failed = 0;
+    b->op_at = room(slots, sizeof(int32_t), &failed);
+    b->first = room(slots, sizeof(int32_t), &failed);
+    b->memory = room(slots, sizeof(i64), &failed);
+    b->taken = room(words, sizeof(uint64_t), &failed);
+    b->before = room(words, sizeof(int32_t), &failed);
+    b->priced_taken = room(words, sizeof(uint64_t), &failed);
+    b->priced_before = room(words, sizeof(int32_t), &failed);
+    b->block_max = room(words, sizeof(i64), &failed);
+    b->block_add = room(words, sizeof(i64), &failed);
+    b->made = room((size_t)g->ops + 1, sizeof(i64), &failed);
+    b->event = room(events, sizeof(Event), &failed);
+    b->head = room((size_t)g->values + 1, sizeof(int32_t), &failed);
+    b->tail = room((size_t)g->values + 1, sizeof(int32_t), &failed);
+    b->log_op = room(slots, sizeof(int32_t), &failed);
+    b->log_first = room(slots, sizeof(int32_t), &failed);
+    b->log_slot = room(slots, sizeof(i64), &failed);
+    b->range = room(events, sizeof(Range), &failed);
+    b->mark = room((size_t)g->ops + 1, sizeof(int32_t), &failed);
+    b->needed = room((size_t)g->ops + 1, sizeof(int32_t), &failed);
+    b->price = room(slots, sizeof(double), &failed);
+    b->pick = room(widest, sizeof(i64), &failed);
+    b->pick_reader = room(widest, sizeof(i64), &failed);
+    b->worth = room(widest, sizeof(double), &failed);
+    b->rank = room(widest, sizeof(i64), &failed);
+    b->rank_spare = room(widest, sizeof(i64), &failed);
+    b->saved = room(slots, sizeof(i64), &failed);
     b->random = 88172645463325252u;
-    if (!b->op_at || !b->first || !b->taken || !b->before || !b->priced_taken || !b->priced_before || !b->memory ||
-        !b->block_max || !b->block_add || !b->made || !b->event || !b->head || !b->tail ||
-        !b->log_op || !b->log_first || !b->log_slot || !b->range || !b->mark || !b->needed || !b->price || !b->pick ||
-        !b->pick_reader || !b->worth || !b->rank || !b->rank_spare || !b->saved) {
+    if (failed) {
         bench_free(b);
         return 0;
     }

@@ -5,8 +5,6 @@
 
 #include "kernel.h"
 
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define MOST_GONE 32 /* executions that one deletion may take with it before it takes less to try */
 
 typedef struct { i64 slot[MOST_GONE]; int count; } Gone;
@@ -38,7 +36,7 @@ static void note(Bench *b, i64 low, i64 high, i64 size) {
 static void note_gone(Bench *b, const Gone *gone) {
     const Graph *g = &b->g;
     i64 slot = gone->slot[gone->count - 1], op = b->op_at[slot];
-    int32_t at = b->first[slot] + (int32_t)(g->in_ptr[op + 1] - g->in_ptr[op]);
+    int32_t at = first_output(b, slot);
     for (i64 e = g->out_ptr[op]; e < g->out_ptr[op + 1]; e++, at++) {
         i64 size = g->size[g->out_val[e]];
         int32_t before = kept_before(b, gone, at), after = kept_after(b, gone, at);
@@ -61,7 +59,7 @@ static void note_gone(Bench *b, const Gone *gone) {
 static int unread_without(const Bench *b, const Gone *gone, i64 slot) {
     const Graph *g = &b->g;
     i64 op = b->op_at[slot];
-    int32_t at = b->first[slot] + (int32_t)(g->in_ptr[op + 1] - g->in_ptr[op]);
+    int32_t at = first_output(b, slot);
     for (i64 e = g->out_ptr[op]; e < g->out_ptr[op + 1]; e++, at++)
         if (is_read(b, kept_after(b, gone, at))) return 0;
     for (i64 e = g->out_ptr[op]; e < g->out_ptr[op + 1]; e++)

@@ -17,6 +17,9 @@ typedef int64_t i64;
 #define WIDE
 #endif
 
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
 #define SPACING 8                   /* least slots per execution when a schedule is laid out */
 #define WIDENINGS 2                 /* how often they may be doubled */
 #define PINS 8                      /* gaps that a move can keep shut */
@@ -119,6 +122,12 @@ static inline i64 block_rank(const Bench *b, i64 block) { return b->before[block
 static inline i64 blocks(const Bench *b) { return b->words >> (b->block_shift - WORD); }
 
 static inline int is_read(const Bench *b, int32_t event) { return event >= 0 && !b->event[event].write; }
+
+/* The first event of what the execution at a slot makes; those of what it reads stand before it. */
+static inline int32_t first_output(const Bench *b, i64 slot) {
+    i64 op = b->op_at[slot];
+    return b->first[slot] + (int32_t)(b->g.in_ptr[op + 1] - b->g.in_ptr[op]);
+}
 
 /* memory.c */
 void arrange(Bench *b, const i64 *change);

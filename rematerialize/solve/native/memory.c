@@ -12,9 +12,6 @@
 
 #include <string.h>
 
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-
 /* First entry of a block at or after a slot; those before the block count as its first. */
 static inline i64 entry(const Bench *b, i64 block, i64 slot) {
     i64 start = block << b->block_shift;

@@ -9,9 +9,6 @@
 #include <math.h>
 #include <string.h>
 
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-
 /* A number in [0, 1); xorshift, so that plans repeat anywhere. */
 double uniform(Bench *b) {
     b->random ^= b->random << 13;
@@ -87,7 +84,7 @@ static double noisy(Bench *b, double value, double noise) {
 
 /* Whether holding what the execution at a slot makes, from its use before on, would cross the focus. */
 static int in_focus(const Bench *b, i64 op, i64 slot) {
-    int32_t made = b->first[slot] + (int32_t)(b->g.in_ptr[op + 1] - b->g.in_ptr[op]);
+    int32_t made = first_output(b, slot);
     return slot >= b->focus_low && b->event[b->event[made].before].slot < b->focus_high;
 }
 

@@ -5,8 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-
 /* Peak of an order, in scaled bytes; -1 without memory. Writes how long it takes. O(length + edges). */
 i64 replay(const Graph *g, const i64 *order, i64 length, i64 split, double *time_s) {
     i64 *delta = calloc((size_t)length + 2, sizeof(i64));

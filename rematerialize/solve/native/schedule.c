@@ -13,8 +13,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define FEW 6 /* events of a value that are walked over before the other end is looked at */
 
 static i64 degree(const Graph *g, i64 op) {
@@ -209,7 +207,7 @@ static void place(Bench *b, i64 op, i64 slot) {
 static void displace(Bench *b, i64 slot) {
     const Graph *g = &b->g;
     i64 op = b->op_at[slot];
-    int32_t outs = b->first[slot] + (int32_t)(g->in_ptr[op + 1] - g->in_ptr[op]);
+    int32_t outs = first_output(b, slot);
     int32_t stop = b->first[slot] + (int32_t)degree(g, op);
     for (int32_t at = outs; at < stop; at++) {
         i64 value = b->event[at].value;
@@ -268,7 +266,7 @@ void undo_to(Bench *b, i64 mark) {
 static int unread(const Bench *b, i64 slot) {
     const Graph *g = &b->g;
     i64 op = b->op_at[slot];
-    int32_t at = b->first[slot] + (int32_t)(g->in_ptr[op + 1] - g->in_ptr[op]);
+    int32_t at = first_output(b, slot);
     for (i64 e = g->out_ptr[op]; e < g->out_ptr[op + 1]; e++, at++)
         if (is_read(b, b->event[at].after) || held(b, g->out_val[e], at)) return 0;
     return 1;
@@ -298,7 +296,7 @@ int has_previous(const Bench *b, i64 slot) {
     if (slot < b->split)
         for (i64 e = g->out_ptr[op]; e < g->out_ptr[op + 1]; e++)
             if (g->flags[g->out_val[e]] & OUTPUT) return 0;
-    int32_t at = b->first[slot] + (int32_t)(g->in_ptr[op + 1] - g->in_ptr[op]);
+    int32_t at = first_output(b, slot);
     return g->out_ptr[op] < g->out_ptr[op + 1] && b->head[b->event[at].value] != at;
 }
 

@@ -7,15 +7,13 @@
 
 #include "kernel.h"
 
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define WORSE 0.1 /* how much more than the last excess a new one may be, at first */
 
 static i64 random_below(Bench *b, i64 count) { return (i64)(uniform(b) * (double)count); }
 
 /* Keep what the execution at a slot makes from being dropped where the instance before is going to be held instead. */
 static void pin(Bench *b, i64 slot) {
-    i64 op = b->op_at[slot];
-    int32_t made = b->first[slot] + (int32_t)(b->g.in_ptr[op + 1] - b->g.in_ptr[op]);
+    int32_t made = first_output(b, slot);
     int32_t before = b->event[made].before, after = b->event[made].after;
     if (b->pins < PINS && before >= 0 && is_read(b, after))
         b->pin[b->pins++] = (Range){b->event[before].slot, b->event[after].slot, b->event[made].value};
@@ -65,7 +63,7 @@ static void shift_near(Bench *b, i64 count) {
 static i64 first_reader(const Bench *b, i64 slot) {
     const Graph *g = &b->g;
     i64 op = b->op_at[slot], found = END_SLOT;
-    int32_t at = b->first[slot] + (int32_t)(g->in_ptr[op + 1] - g->in_ptr[op]);
+    int32_t at = first_output(b, slot);
     for (i64 e = g->out_ptr[op]; e < g->out_ptr[op + 1]; e++, at++)
         if (is_read(b, b->event[at].after) && b->event[b->event[at].after].slot < found)
             found = b->event[b->event[at].after].slot;

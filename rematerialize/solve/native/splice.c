@@ -1,10 +1,9 @@
 /* The fastest way through parts of several plans: a shortest path, part by part from the end (solve/splice.py). */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
+#include "kernel.h"
 
-typedef int64_t i64;
+#include <math.h>
+#include <stdlib.h>
 
 typedef struct {
     i64 plans, parts, words, known;    /* words of a set of values; states that any plan has been in */
