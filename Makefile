@@ -31,6 +31,7 @@ bench: $(DEV)
 readme: $(DEV)
 	$(BIN)/python -m benchmarks.compare --render
 	$(BIN)/python -m benchmarks.solver.report
+	$(BIN)/python -m benchmarks.predictions --render
 	$(BIN)/python -m benchmarks.readme
 
 clean:

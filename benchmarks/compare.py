@@ -25,8 +25,8 @@ import numpy
 import torch
 
 import rematerialize
+from benchmarks.comparison import OURS, Cell, Comparison, ModelResult
 from benchmarks.provenance import commit, device, today
-from benchmarks.records import OURS, Cell, Comparison, ModelResult
 from benchmarks.render import markdown
 from rematerialize import peers
 from rematerialize.harness import (

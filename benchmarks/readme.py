@@ -21,7 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import Cell, Comparison, ModelResult
+from benchmarks import predictions
+from benchmarks.comparison import Cell, Comparison, ModelResult
+from benchmarks.records import Record
 from benchmarks.solver.report import summary
 from rematerialize.report.table import markdown_table
 from rematerialize.units import format_bytes, format_percent, format_seconds
@@ -113,7 +115,14 @@ def _peers_cell(cell: Cell | None) -> str:
     return text if cell.status == "ok" else f"~~{text}~~"
 
 
-PARTS: dict[str, Callable[[], str]] = {"demo": demo, "peers": peers, "solver": summary}
+def foretold() -> str:
+    """Return how far off predictions are, by their last recorded run."""
+    record = Record.load(predictions.FILE, predictions.ModelPredictions)
+    where, every = record.provenance.device, "[every plan](../benchmarks/results/predictions.md)"
+    return f"{predictions.summary(record.rows)} On {where}; {every}.\n"
+
+
+PARTS: dict[str, Callable[[], str]] = {"demo": demo, "peers": peers, "solver": summary, "predictions": foretold}
 
 
 def rewritten(text: str) -> str:

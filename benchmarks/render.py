@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.records import Cell, Comparison, ModelResult, Verdict
+from benchmarks.comparison import Cell, Comparison, ModelResult, Verdict
 
 MB = 10**6
 

@@ -192,13 +192,15 @@ def test_a_measured_frontier_has_predicted_and_real_figures_side_by_side_in_ever
     with Path("f.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) >= 2
-    for name in ("gap", "recomputed_ops", "with_residents_bytes", "step_s", "measured_peak_bytes", "measured_step_s"):
+    measured = ("measured_peak_bytes", "measured_step_s", "predicted_step_s")
+    for name in ("gap", "recomputed_ops", "with_residents_bytes", "step_s", *measured):
         assert all(float(row[name]) >= 0 for row in rows), name
     printed = call(capfd, *asked, "--json", "-o", "f.json").json()
     assert json.loads(Path("f.json").read_text(encoding="utf-8")) == printed
     assert len(printed["measured"]) == len(printed["points"])
-    for point in printed["points"]:
+    for point, trial in zip(printed["points"], printed["measured"], strict=True):
         assert {type(value) for name, value in point.items() if name.endswith("_bytes")} == {int}
+        assert trial["predicted_step_s"] > point["step_s"], "a call takes time besides its kernels"
     call(capfd, *asked, "-o", "f.html")
     assert Path("f.html").read_text(encoding="utf-8").count('title="measured: ') >= 2
     pytest.importorskip("matplotlib")

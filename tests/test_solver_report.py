@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.provenance import Provenance
+from benchmarks.records import Record, resumed
 from benchmarks.solver import known
 from benchmarks.solver.known import Known
 from benchmarks.solver.plot import draw, is_fresh, slopes
@@ -17,10 +18,8 @@ from benchmarks.solver.records import (
     GraphQuality,
     GraphScale,
     QualityCell,
-    Record,
     Speed,
     falling,
-    resumed,
 )
 from benchmarks.solver.report import pages, quality_page, scale_page, speed_page, summary
 from benchmarks.solver.suite import find, small
@@ -152,8 +151,8 @@ def test_a_record_survives_its_file_and_resumes_on_the_same_code_only(kind: type
     path = tmp_path / "record.json"
     Record(HERE, (row,)).save(path)
     assert Record.load(path, kind) == Record(HERE, (row,))
-    assert list(resumed(path, kind, HERE).values()) == [row]
-    assert resumed(path, kind, Provenance("python -m x", "1", "d", "cpu", {"python": "3"}, 0)) == {}
+    assert resumed(path, kind, HERE) == (row,)
+    assert resumed(path, kind, Provenance("python -m x", "1", "d", "cpu", {"python": "3"}, 0)) == ()
     with pytest.raises(ValueError, match=r"record\.json isn't a"):
         Record.load(path, Speed if kind is not Speed else GraphScale)
 

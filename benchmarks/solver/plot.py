@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.solver.records import Record, Speed
+from benchmarks.records import Record
+from benchmarks.solver.records import Speed
 
 SIZES = (("1k", 1_000, 1.0), ("10k", 10_000, 10.0), ("100k", 100_000, 120.0))  # label, ops, limit in seconds
 COLOURS = ("#1f5fa8", "#c4501b", "#2a7d4f", "#7a3e9d")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import provenance
+from benchmarks.records import Record, resumed
 from benchmarks.solver import known
 from benchmarks.solver.known import Known
 from benchmarks.solver.records import (
@@ -27,12 +28,10 @@ from benchmarks.solver.records import (
     RESULTS,
     GraphQuality,
     QualityCell,
-    Record,
     asked_for,
     falling,
     gap_of,
     least_bound,
-    resumed,
     time_bound,
 )
 from benchmarks.solver.suite import find, held_out, small
@@ -196,7 +195,7 @@ def main() -> int:
     wanted, path = suites[asked[0]] if len(asked) == 1 and asked[0] in suites else (asked, None)
     path = args.output or path
     before = known.load()
-    rows = resumed(path, GraphQuality, now) if path and args.resume else {}
+    rows = {row.graph: row for row in (resumed(path, GraphQuality, now) if path and args.resume else ())}
     names = [name for name in wanted if name not in rows]
     effort = Effort(args.exact_s, args.long, args.seed, args.exact_cells)
     print(f"{'graph':24s}{'ops':>6s}{'mean diff':>11s}{'max diff':>10s}{'proven':>8s}{'auto cpu s':>12s}   in points")

@@ -6,16 +6,13 @@ the best possible, by a lower bound; None where there is no bound.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-from benchmarks.provenance import Provenance
 from rematerialize.schedule import Schedule
 from rematerialize.solve import Solver
 from rematerialize.solve.step import Plan, Step
@@ -154,58 +151,6 @@ class Speed:
     def wall_s(self) -> float:
         """Median seconds of planning."""
         return statistics.median(self.plan_wall_s)
-
-
-R = TypeVar("R", GraphQuality, GraphScale, Speed)
-
-
-@dataclass(frozen=True, slots=True)
-class Record(Generic[R]):
-    """A run and its rows, one per graph."""
-
-    provenance: Provenance
-    rows: tuple[R, ...]
-
-    def save(self, path: Path) -> None:
-        """Write the record; it must have a row."""
-        data = {
-            "format": self.rows[0].FORMAT,
-            "provenance": dataclasses.asdict(self.provenance),
-            "rows": [rounded(dataclasses.asdict(row)) for row in self.rows],
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path, kind: type[R]) -> Record[R]:
-        """Read a saved record.
-
-        Raises
-        ------
-        ValueError
-            When the file holds something else.
-        """
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or data.get("format") != kind.FORMAT:
-            raise ValueError(f"{path.name} isn't a {kind.FORMAT} file")
-        return cls(Provenance(**data["provenance"]), tuple(kind.from_dict(row) for row in data["rows"]))
-
-
-def resumed(path: Path, kind: type[R], now: Provenance) -> dict[str, R]:
-    """Return the rows of a file by graph, if they are of the same code, machine and seed."""
-    if not path.exists():
-        return {}
-    old = Record.load(path, kind)
-    return {row.graph: row for row in old.rows} if old.provenance.same_code(now) else {}
-
-
-def rounded(value: Any) -> Any:
-    """Round floats to seven digits: more would be noise in the diff."""
-    if isinstance(value, float):
-        return float(f"{value:.7g}")
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def falling(high_bytes: int, least_bytes: int, count: int) -> list[int]:

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.records import Record
 from benchmarks.solver.plot import SIZES, draw, is_fresh, slopes
-from benchmarks.solver.records import EQUAL, RESULTS, Contestant, GraphQuality, GraphScale, QualityCell, Record, Speed
+from benchmarks.solver.records import EQUAL, RESULTS, Contestant, GraphQuality, GraphScale, QualityCell, Speed
 from rematerialize.report.table import markdown_table
 from rematerialize.units import format_bytes, format_percent, format_seconds
 

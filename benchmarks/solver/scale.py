@@ -15,18 +15,17 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.process import Stopwatch, in_fresh_process, peak_rss_bytes
 from benchmarks.provenance import provenance
-from benchmarks.solver.process import Stopwatch, in_fresh_process, peak_rss_bytes
+from benchmarks.records import Record, resumed
 from benchmarks.solver.records import (
     PACKAGES,
     RESULTS,
     Contestant,
     GraphScale,
-    Record,
     asked_for,
     falling,
     gap_of,
-    resumed,
 )
 from benchmarks.solver.suite import find, large
 from rematerialize.errors import BudgetError
@@ -87,7 +86,7 @@ def main() -> int:
         return 0
     now = provenance("benchmarks.solver.scale", sys.argv[1:], PACKAGES)
     path = args.output or (None if args.graphs else FILE)
-    rows = resumed(path, GraphScale, now) if path and args.resume else {}
+    rows = {row.graph: row for row in (resumed(path, GraphScale, now) if path and args.resume else ())}
     failed = False
     print(f"{'graph':24s}{'ops':>7s}{'budgets':>9s}{'wall s':>9s}{'cpu s':>9s}{'RSS MiB':>9s}  auto above")
     for name in args.graphs or large():

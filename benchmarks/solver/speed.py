@@ -16,10 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.process import Stopwatch, in_fresh_process, peak_rss_bytes
 from benchmarks.provenance import provenance
+from benchmarks.records import Record, resumed
 from benchmarks.solver.graphs import SHAPES
-from benchmarks.solver.process import Stopwatch, in_fresh_process, peak_rss_bytes
-from benchmarks.solver.records import PACKAGES, RESULTS, Record, Speed, resumed
+from benchmarks.solver.records import PACKAGES, RESULTS, Speed
 from benchmarks.solver.suite import find, large, synthetic
 from rematerialize.errors import BudgetError
 from rematerialize.ir import TrainingGraph
@@ -79,8 +80,8 @@ def main() -> int:
         return 0
     now = provenance("benchmarks.solver.speed", sys.argv[1:], PACKAGES)
     path = args.output or (None if args.graphs else FILE)
-    old = resumed(path, Speed, now) if path and args.resume else {}
-    rows = {name: row for name, row in old.items() if row.ran}
+    old = resumed(path, Speed, now) if path and args.resume else ()
+    rows = {row.graph: row for row in old if row.ran}
     print(f"{'graph':24s}{'ops':>7s}{'wall s':>9s}{'cpu s':>9s}{'read s':>9s}{'RSS MiB':>9s}  status")
     for name in args.graphs or [f"{shape}-{size}" for size in ("1k", "10k", "100k") for shape in SHAPES] + [*large()]:
         if name not in rows:

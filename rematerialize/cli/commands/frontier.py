@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,16 +110,23 @@ class _Curve:
         """Peak of all that a plan's step holds, what was asked to be counted besides included."""
         return plan.peak_bytes + plan.resident_bytes + self.optimizer_bytes + self.reserve_bytes
 
+    def step_s(self, plan: Plan) -> float:
+        """Predicted time of a plan's step as a user times it: what a call takes besides its kernels included."""
+        return plan.schedule.time_s + self.call_s
+
+    def tried(self) -> Iterator[tuple[Plan, Trial]]:
+        """The plans with their real steps, if they ran."""
+        return zip(self.plans, self.trials, strict=True) if self.trials else iter(())
+
     def predicted(self) -> list[FrontierPoint]:
         """The plans as points of a drawing."""
         return [FrontierPoint(plan.budget_bytes, plan.peak_bytes, plan.overhead) for plan in self.plans]
 
     def measured(self) -> list[FrontierPoint]:
         """Their real steps, each over the real step that stores everything: the first plan's."""
-        pairs = zip(self.plans, self.trials, strict=True) if self.trials else ()
         return [
             FrontierPoint(plan.budget_bytes, trial.peak_bytes, trial.ratio / self.trials[0].ratio - 1)
-            for plan, trial in pairs
+            for plan, trial in self.tried()
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,8 +138,13 @@ class _Curve:
             "reserve_bytes": self.reserve_bytes,
             "points": [{**plan.figures(), "with_residents_bytes": self.with_residents(plan)} for plan in self.plans],
             "measured": [
-                {"peak_bytes": trial.peak_bytes, "step_s": trial.step_s, "of_eager": trial.ratio}
-                for trial in self.trials
+                {
+                    "peak_bytes": trial.peak_bytes,
+                    "predicted_step_s": self.step_s(plan),
+                    "step_s": trial.step_s,
+                    "of_eager": trial.ratio,
+                }
+                for plan, trial in self.tried()
             ],
         }
 
@@ -140,7 +152,7 @@ class _Curve:
         """A row per plan: what the table shows, exact; an empty cell where nothing is proven."""
         names = ["budget_bytes", "peak_bytes", "store_all_peak_bytes", "resident_bytes", "with_residents_bytes"]
         names += ["overhead", "gap", "recomputed_ops", "step_s"]
-        more = ["measured_peak_bytes", "measured_step_s", "of_eager"] if self.trials else []
+        more = ["measured_peak_bytes", "predicted_step_s", "measured_step_s", "of_eager"] if self.trials else []
         data = self.to_dict()
         lines = [",".join(names + more)]
         for at, point in enumerate(data["points"]):
@@ -178,12 +190,12 @@ class _Curve:
                 *row,
                 size(trial.peak_bytes),
                 _off(plan.peak_bytes, trial.peak_bytes),
-                format_seconds(plan.schedule.time_s + self.call_s),
+                format_seconds(self.step_s(plan)),
                 format_seconds(trial.step_s),
-                _off(plan.schedule.time_s + self.call_s, trial.step_s),
+                _off(self.step_s(plan), trial.step_s),
                 f"{trial.ratio:.2f}",
             )
-            for row, plan, trial in zip(rows, self.plans, self.trials, strict=True)
+            for row, (plan, trial) in zip(rows, self.tried(), strict=True)
         ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.records import Cell, Comparison, ModelResult
+from benchmarks.comparison import Cell, Comparison, ModelResult
 from benchmarks.render import markdown
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
