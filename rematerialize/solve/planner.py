@@ -1,7 +1,7 @@
-"""The planner: one budget-independent search per graph, every answer a look-up in its archive.
+"""The planner: one budget-independent search per graph, whose archive of plans by peak answers every budget.
 
 What follows from that, by construction: `minimum` is exact (the archive's lowest peak), overhead
-never rises with the budget, and planning several budgets costs one search.
+never rises with the budget, and planning several budgets costs one search and a little for each (`between.py`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from rematerialize.errors import BudgetError
 from rematerialize.ir import TrainingGraph
 from rematerialize.schedule import Schedule
 from rematerialize.simulate import simulate
+from rematerialize.solve.between import Between
 from rematerialize.solve.bounds import makespan_bound
 from rematerialize.solve.native import FlatStep, available
 from rematerialize.solve.order import RULES, canonical_orders
-from rematerialize.solve.polish import LARGE, MEDIUM, SMALL, Point, Polisher, fronts, side_by_side, steep_below
+from rematerialize.solve.polish import MEDIUM, SMALL, Point, Polisher, fronts, side_by_side
 from rematerialize.solve.step import Plan, Step, compile_step
 
 LEVELS = 18  # between the minimum and store-all
@@ -29,8 +30,6 @@ EXACTLY = "descent"  # the solver that goes down to the very levels it is asked 
 DOWN_TO, SETTLE = ("sweep", "descent"), 3  # are asked for the least peak so far, this often at most
 LOWER = 5  # turns at most in which small steps' lowest plans are lowered once more after the search around them,
 LOWEST = 3  # from how many of these
-HIGHER = 2  # plans of the portfolio above a level between two others from which a descent to it starts
-HARD_BETWEEN = 3  # how much more halfway plans of small steps get near the minimum, where searched levels get `HARD`
 MOST_RUNS = 1_000  # per op, on average, of a plan: some steps get lower still by any number of executions
 FINE, COARSE = 0.2, 0.05  # effort of the lower bound, for small steps and others
 ROUNDED = 1 + 1e-12  # the judge may add times up in another order
@@ -74,9 +73,8 @@ class Planner:
         self._store_all = self._point(self._mapped(self._given.store_all(), range(ops)), "store_all")
         self._deadline = float("inf")
         self._polisher = Polisher(self._flat, self._point, self._late) if refine and available else None
-        self._between: dict[tuple[int, int], Point] = {}
+        self._between: Between | None = None
         self._archive: list[Point] = []
-        self._raw: list[Point] = []
         self._bounds: dict[int, float] = {}
 
     def store_all(self) -> Schedule:
@@ -108,7 +106,8 @@ class Planner:
                 f" {least} bytes (store-all needs {self._store_all.peak_bytes})",
                 minimum_bytes=least,
             )
-        return self._schedule(self._finish(at - 1, budget_bytes), budget_bytes)
+        assert self._between is not None, "the search makes it"
+        return self._schedule(self._between.plan(at - 1, budget_bytes), budget_bytes)
 
     def frontier(self, points: int = 12) -> tuple[Schedule, ...]:
         """Return at most ``points`` schedules from store-all's peak down to the minimum."""
@@ -156,8 +155,9 @@ class Planner:
             lowest = [(start, level) for start in self._starts for level in sorted(wanted)[:STEEP]]
             levels += filter(None, (self._polisher.down(start, level, work=0) for start, level in lowest))
             points, levels = self._lowered(self._polisher, points, levels, least)
-        self._raw = list(fronts([*points, *levels, self._store_all]))
-        self._archive = list(fronts([*(levels or points), self._raw[0], self._store_all]))
+        raw = list(fronts([*points, *levels, self._store_all]))
+        self._archive = list(fronts([*(levels or points), raw[0], self._store_all]))
+        self._between = Between(self._polisher, self._archive, raw, self._starts, self._late)
         return self._archive
 
     def _lowered(
@@ -220,67 +220,6 @@ class Planner:
     def _mapped(self, plan: Plan, order: Sequence[int]) -> Plan:
         """Return a plan for the step in some order of the given ops as one for the step that is planned."""
         return Plan(tuple(self._place[order[op]] for op in plan.order), plan.split)
-
-    def _finish(self, index: int, budget_bytes: int) -> Point:
-        """Return what a search for the budget itself makes of the archived plan below it.
-
-        The room up to the next archived level is halved again and again towards the budget. A halfway plan
-        is searched for from the best plans below it and kept only if it isn't faster than the level above,
-        so that every budget sees the same levels and overhead never rises with the budget.
-        """
-        low, best = self._archive[index].peak_bytes, self._archive[index]
-        if self._polisher is None or index + 1 == len(self._archive) or best.length > self._polisher.longest:
-            return best
-        if self._late():
-            return min(best, self._fastest_within(budget_bytes), key=lambda point: point.time_s)
-        above = self._archive[index + 1]
-        high = above.peak_bytes
-        for turn in range(self._polisher.effort.halvings):
-            level = (low + high) // 2
-            if level <= low:
-                break
-            if (low, high) not in self._between:
-                self._between[low, high] = self._halfway(best, above, level, turn)
-            middle = self._between[low, high]
-            if level <= budget_bytes:
-                low, best = level, middle
-            else:
-                high, above = level, middle
-        return min(best, self._fastest_within(budget_bytes), key=lambda point: point.time_s)
-
-    def _halfway(self, below: Point, above: Point, level: int, turn: int) -> Point:
-        """Return the best plan found within a level between two plans, never faster than the one above.
-
-        Searches differ by turn: where sizes are few, the levels between two others are all the same to them.
-        """
-        polisher = self._polisher
-        assert polisher is not None
-        fastest = self._fastest_within(level)
-        lower = [below] if fastest is below else [below, fastest]
-        above_it = bisect_right(self._raw, level, key=lambda point: point.peak_bytes)
-        higher = self._raw[above_it : above_it + HIGHER] if len(self._given.names) <= LARGE else []
-        higher = [above, *(point for point in higher if point is not above), *self._starts]
-
-        work = polisher.effort.halfway
-        if len(self._given.names) <= SMALL and level <= steep_below(
-            self._archive[0].peak_bytes, self._store_all.peak_bytes
-        ):
-            work *= HARD_BETWEEN
-
-        def run(start: Point) -> Point | None:
-            if start.peak_bytes <= level:
-                return polisher.at(start, level, work=2 * work, seed=4 + 20 * turn)
-            return polisher.down(start, level, work=work if start is above else 0, seed=5 + 20 * turn)
-
-        found = [point for point in side_by_side(run, [*lower, *higher]) if point is not None]
-        if any(point.time_s < above.time_s for point in found):
-            found += [polisher.at(start, level, work=0) for start in lower]
-        allowed = [point for point in found if above.time_s <= point.time_s < below.time_s]
-        return min(allowed, key=lambda point: point.time_s, default=below)
-
-    def _fastest_within(self, budget_bytes: int) -> Point:
-        """Return the fastest plan of the portfolio itself, not searched around, within a budget."""
-        return self._raw[bisect_right(self._raw, budget_bytes, key=lambda point: point.peak_bytes) - 1]
 
     def _point(self, plan: Plan, solver: str, rank: int = 0) -> Point:
         peak_bytes, time_s = self._flat.replay(plan)
