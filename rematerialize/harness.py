@@ -151,11 +151,22 @@ def weightless_loss(outputs: Any) -> Tensor:
     """Return a loss that adds no memory of its own to the step but the gradients of the outputs.
 
     A loss outside of the model allocates what no plan of the model can see; this one shows the
-    model's peak alone. Takes a tensor, or a container of tensors that torch knows or that is a dict.
+    model's peak alone. Takes a tensor, or a container of tensors, at any depth, that torch knows or that is a dict.
     """
-    parts = list(outputs.values()) if isinstance(outputs, dict) else tree_flatten(outputs)[0]
     apply: Callable[..., Tensor] = _WeightlessLoss.apply
-    return apply(*(part for part in parts if isinstance(part, Tensor) and part.requires_grad))
+    return apply(*(part for part in _leaves(outputs) if isinstance(part, Tensor) and part.requires_grad))
+
+
+def _leaves(outputs: Any) -> Iterator[Any]:
+    """What containers hold, those that libraries derive from dict and put into each other included."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+        return
+    parts = outputs.values() if isinstance(outputs, dict) else outputs
+    if not isinstance(outputs, dict | list | tuple):
+        parts = [part for part in tree_flatten(outputs)[0] if part is not outputs]
+    for part in parts:
+        yield from _leaves(part)
 
 
 def clear_gradients(module: nn.Module) -> None:

@@ -221,3 +221,17 @@ def test_a_weightless_loss_adds_only_the_gradients_of_the_outputs() -> None:
     output_bytes = 64 * 256 * 4
     peak = measure_step_peak(stepper).peak_bytes
     assert 0 <= peak - (2 * output_bytes + 256 * 256 * 4) <= 64
+
+
+def test_a_weightless_loss_finds_outputs_in_containers_within_containers() -> None:
+    class Named(dict[str, object]):
+        """What libraries return: a dict that torch's own flattening doesn't know."""
+
+    def part(value: float) -> torch.Tensor:
+        return torch.full((2,), value, requires_grad=True)
+
+    parts = [part(float(at)) for at in range(5)]
+    loss_of: Callable[[Any], Tensor] = weightless_loss
+    outputs = Named(a=parts[0], b=Named(c=parts[1], d=[parts[2], (parts[3], None)]), e={"f": parts[4]}, g=3)
+    loss_of(outputs).backward()
+    assert all(part.grad is not None and part.grad.tolist() == [1.0, 1.0] for part in parts)
