@@ -93,11 +93,18 @@ def _rnn_layer_flops(inputs: Tensor, weight: Tensor, recurrent: Tensor, *_: Any)
     return 2 * math.prod(inputs.shape[:-1]) * (weight.numel() + recurrent.numel())
 
 
+def _grouped_flops(left: Tensor, right: Tensor, *_: Any) -> int:
+    """One product per group of rows, or of the dimension that both sum over: together as much as without groups."""
+    rows = left.shape[-2] if right.dim() == 2 else math.prod(left.shape[:-1])
+    return 2 * rows * left.shape[-1] * right.shape[-1]
+
+
 _MORE_FLOPS: Mapping[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     private.training_rnn_layer: _rnn_layer_flops,
     aten.mkldnn_rnn_layer_backward: lambda *args: 2 * _rnn_layer_flops(*args),
+    aten._grouped_mm: _grouped_flops,
     aten.mv: lambda matrix, vector: 2 * matrix.numel(),
     aten.dot: lambda left, right: 2 * left.numel(),
 }

@@ -13,6 +13,7 @@ from rematerialize import torch_private as private
 from rematerialize.capture.aliasing import tensors_of
 from rematerialize.capture.inplace import InPlaceForm, call_in_place
 from rematerialize.capture.kernels import Kernel
+from rematerialize.synthetic_integers import decide_work
 
 _BLOCK = 1 << 16  # a shorter one is learnt by the branch predictor: max_pool2d ran three times as fast as on real data
 
@@ -56,6 +57,7 @@ def prepare_kernel(kernel: Kernel) -> Callable[[], Any]:
         mask = node.args[1] if node.target is torch.ops.aten.masked_scatter.default else None
         if isinstance(mask, fx.Node) and mask in data:
             data[mask].zero_()
+        decide_work(node, data)
     # Looked up here and not in the run: a small kernel takes less time than its arguments' lookup.
     calls = [_Call(node, form, _known(data, node.args), _known(data, node.kwargs)) for node, form in kernel.calls]
 

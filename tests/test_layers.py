@@ -39,6 +39,7 @@ LAYERS = {
     "tangents": 5,
     "report/": 5,
     "synthetic": 5,
+    "synthetic_integers": 4,
     "timing": 6,
     "views": 5,
     "measure": 7,
