@@ -39,6 +39,9 @@ class LuckyPolisher:
         chance = random.Random(f"{self.luck} {start.peak_bytes} {start.time_s} {level} {work} {seed}").random()
         return None if chance < 0.3 else replace(start, peak_bytes=level, time_s=start.time_s * (0.5 + chance))
 
+    def round(self, start: Point, level: int, moves: int, *, seed: int) -> Point:
+        return self.at(start, level, work=moves, seed=seed)
+
     @staticmethod
     def better(point: Point, other: Point) -> Point:
         return other if other.time_s < point.time_s else point

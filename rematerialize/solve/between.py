@@ -22,6 +22,7 @@ from rematerialize.solve.polish import LARGE, SMALL, Point, Polisher, side_by_si
 HIGHER = 2  # plans of the portfolio above a level between two others from which a descent to it starts
 HARD = 3  # how much more halfway plans of small steps get near the minimum, where searched levels get `polish.HARD`
 CLIMB = 4  # searches from the level below up to a level that is improved: a half of the way, three quarters, ..., all
+CLIFF = 0.01  # how much slower than the level above, as a share of it, a plan is searched around once more, longer
 CLIMBING = 40  # the first of their turns: halvings have lower ones
 
 
@@ -95,14 +96,13 @@ class Between:
         if polisher.ops > SMALL or not 0 < index < len(self._levels) - 1 or here.length > polisher.longest:
             return here
         if index not in self._improved:
-            below, fastest_s = self._levels[index - 1], self._levels[index + 1].time_s
-            low, high, best = below.peak_bytes, here.peak_bytes, here
+            below, best, fastest_s = self._levels[index - 1], here, self._levels[index + 1].time_s
+            low, high = below.peak_bytes, here.peak_bytes
             for turn in range(CLIMB if below.length <= polisher.longest else 0):
                 level = (low + high) // 2 if turn + 1 < CLIMB else high
-                if level <= low:
-                    continue
-                below = self._search(polisher, below, best, level, CLIMBING + turn, fastest_s)
-                best, low = polisher.better(best, below), level
+                if level > low and best.time_s > fastest_s:
+                    below = self._search(polisher, below, best, level, CLIMBING + turn, fastest_s)
+                    best, low = polisher.better(best, below), level
             self._improved[index] = best
         return self._improved[index]
 
@@ -110,7 +110,7 @@ class Between:
         """Return the best plan found within a level between two plans, the one below where none is better.
 
         Searches differ by turn: where sizes are few, the levels between two others are all the same to them.
-        Plans faster than ``fastest_s`` don't count.
+        Plans faster than ``fastest_s`` don't count. Where what they find is far from that, longer ones go on from it.
         """
         fastest = self._fastest_within(level)
         lower = [below] if fastest is below else [below, fastest]
@@ -127,8 +127,16 @@ class Between:
         found = [point for point in side_by_side(run, [*lower, *higher]) if point is not None]
         if any(point.time_s < fastest_s for point in found):
             found += [polisher.at(start, level, work=0) for start in lower]
-        allowed = [point for point in found if fastest_s <= point.time_s < below.time_s]
-        return min(allowed, key=lambda point: point.time_s, default=below)
+        best = self._best_of([below, *found], fastest_s)
+        if polisher.effort.patient and best.time_s > fastest_s * (1 + CLIFF):
+            found = [polisher.round(best, level, polisher.effort.patient, seed=71 + 20 * turn)]
+            best = self._best_of([best, *found], fastest_s)
+        return best
+
+    @staticmethod
+    def _best_of(points: Sequence[Point], fastest_s: float) -> Point:
+        """Return the first of the fastest points that aren't too fast."""
+        return min((point for point in points if point.time_s >= fastest_s), key=lambda point: point.time_s)
 
     def _fastest_within(self, budget_bytes: int) -> Point:
         """Return the fastest plan that the search saw within a budget."""

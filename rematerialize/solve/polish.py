@@ -290,14 +290,14 @@ class Polisher:
         plans, idle = list(plans), 0
         for turn in range(self.effort.rounds if plans else 0):
             start = plans[-1]
-            plans[-1] = self._round(start, levels[-1], self.effort.patient << idle, seed=41 + 10 * turn)
+            plans[-1] = self.round(start, levels[-1], self.effort.patient << idle, seed=41 + 10 * turn)
             plans = self._spliced(plans, levels, len(plans) - 1)
             idle = 0 if plans[-1].time_s < start.time_s else idle + 1
             if idle == self.effort.idle:
                 break
         return plans
 
-    def _round(self, start: Point, level: int, moves: int, *, seed: int) -> Point:
+    def round(self, start: Point, level: int, moves: int, *, seed: int) -> Point:
         """Return the best of several searches from one plan, without restarts."""
 
         def run(way: int) -> Point:
