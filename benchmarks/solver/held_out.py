@@ -32,10 +32,10 @@ HELD_OUT: Mapping[str, Factory] = {
         {2, 7},
     ),
     "lstm-cell-9-steps": lambda: models.unrolled_lstm(9, 192, 896),
-    "lstm-cell-10-wide": lambda: models.unrolled_lstm(10, 320, 768),
+    "lstm-cell-11-narrow": lambda: models.unrolled_lstm(11, 160, 1280),
     "pinn-narrow": lambda: models.flow(pinn.FlowConfig(width=144, depth=1, points=196608)),
     "gcn-7-layers": lambda: models.graph_layers(gcn.GraphConfig(nodes=25_000, edges=400_000, width=112, layers=7)),
     "random-17": lambda: models.random_net(36, 17, 0.2),
-    "random-18": lambda: models.random_net(33, 18, 0.6),
-    "random-19": lambda: models.random_net(38, 19, 0.9),
+    "random-20": lambda: models.random_net(35, 20, 0.5),
+    "random-21": lambda: models.random_net(37, 21, 0.8),
 }
