@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.records import rounded
+
 FORMAT = "rematerialize.comparison/1"
 Status = Literal["ok", "incorrect", "infeasible", "timeout", "error"]
 OURS = "ours "  # names of our contestants begin so; peers' don't
 NOISE_FLOOR = 0.02  # below two percent, two identical steps differ, too
+DIGITS = 5  # of recorded figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +120,9 @@ class Comparison:
     results: tuple[ModelResult, ...]
 
     def save(self, path: Path) -> None:
-        rounded = _rounded({"format": FORMAT, **dataclasses.asdict(self)})
+        data = rounded({"format": FORMAT, **dataclasses.asdict(self)}, DIGITS)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Comparison:
@@ -140,12 +143,3 @@ class Comparison:
 def _model_result(data: dict[str, Any]) -> ModelResult:
     cells = (Cell(**{**cell, "step_s": tuple(cell["step_s"])}) for cell in data.pop("cells"))
     return ModelResult(cells=tuple(cells), **data)
-
-
-def _rounded(value: Any) -> Any:
-    """Round floats to five digits: more would be noise in the diff."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

@@ -64,10 +64,10 @@ def resumed(path: Path, kind: type[R], now: Provenance) -> tuple[R, ...]:
     return old.rows if old.provenance.same_code(now) else ()
 
 
-def rounded(value: Any) -> Any:
-    """Round floats to seven digits: more would be noise in the diff."""
+def rounded(value: Any, digits: int = 7) -> Any:
+    """Round floats to so many digits: more would be noise in the diff."""
     if isinstance(value, float):
-        return float(f"{value:.7g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(item, digits) for key, item in value.items()}
+    return [rounded(item, digits) for item in value] if isinstance(value, list | tuple) else value

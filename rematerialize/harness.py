@@ -154,11 +154,11 @@ def weightless_loss(outputs: Any) -> Tensor:
     model's peak alone. Takes a tensor, or a container of tensors, at any depth, that torch knows or that is a dict.
     """
     apply: Callable[..., Tensor] = _WeightlessLoss.apply
-    return apply(*(part for part in _leaves(outputs) if isinstance(part, Tensor) and part.requires_grad))
+    return apply(*(part for part in _tensors_in(outputs) if part.requires_grad))
 
 
-def _leaves(outputs: Any) -> Iterator[Any]:
-    """What containers hold, those that libraries derive from dict and put into each other included."""
+def _tensors_in(outputs: Any) -> Iterator[Tensor]:
+    """The tensors that containers hold, those that libraries derive from dict and put into each other included."""
     if isinstance(outputs, Tensor):
         yield outputs
         return
@@ -166,7 +166,7 @@ def _leaves(outputs: Any) -> Iterator[Any]:
     if not isinstance(outputs, dict | list | tuple):
         parts = [part for part in tree_flatten(outputs)[0] if part is not outputs]
     for part in parts:
-        yield from _leaves(part)
+        yield from _tensors_in(part)
 
 
 def clear_gradients(module: nn.Module) -> None:

@@ -44,8 +44,7 @@ def decide_work(node: fx.Node, data: Mapping[fx.Node, Any]) -> None:
 def _indices(packet: Any, args: Any) -> Iterator[tuple[Any, int]]:
     """Sources of indices that a call reads, each with the size of the dimension that it indexes."""
     if packet in _BY_POSITION:
-        source, bound = _BY_POSITION[packet](args)
-        yield source, bound
+        yield _BY_POSITION[packet](args)
     elif packet in _LISTS:
         sizes = _shape(args[0])
         if all(source is None or not _is_mask(source) for source in args[1]):  # a mask takes several dimensions
