@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +21,7 @@ _BLOCK = 1 << 16  # a shorter one is learnt by the branch predictor: max_pool2d 
 @dataclass(frozen=True, slots=True)
 class _Call:
     node: fx.Node
+    target: Callable[..., Any]
     form: InPlaceForm | None
     args: Any
     kwargs: Any
@@ -59,22 +60,27 @@ def prepare_kernel(kernel: Kernel) -> Callable[[], Any]:
             data[mask].zero_()
         decide_work(node, data)
     # Looked up here and not in the run: a small kernel takes less time than its arguments' lookup.
-    calls = [_Call(node, form, _known(data, node.args), _known(data, node.kwargs)) for node, form in kernel.calls]
+    calls = [_prepared(node, form, data) for node, form in kernel.calls]
 
     def run() -> Any:
         made: dict[fx.Node, Any] = {}
         first = None
         for call in calls:
-            target, args, kwargs = call.node.target, call.args, call.kwargs
+            args, kwargs = call.args, call.kwargs
             if made:
                 args, kwargs = _with(made, args), _with(made, kwargs)
             if call.form is not None:
-                target, args, kwargs = call_in_place(call.form, args, kwargs)
-            made[call.node] = result = target(*args, **kwargs)  # type: ignore[operator]
+                _, args, kwargs = call_in_place(call.form, args, kwargs)
+            made[call.node] = result = call.target(*args, **kwargs)
             first = result if first is None else first
         return first
 
     return run
+
+
+def _prepared(node: fx.Node, form: InPlaceForm | None, data: Mapping[fx.Node, Any]) -> _Call:
+    target = cast(Callable[..., Any], node.target if form is None else form.target)
+    return _Call(node, private.direct(target), form, _known(data, node.args), _known(data, node.kwargs))
 
 
 def _known(data: Mapping[fx.Node, Any], given: Any) -> Any:

@@ -12,6 +12,7 @@ import inspect
 import logging
 import operator
 import os
+import re
 import sys
 import threading
 import types
@@ -942,15 +943,53 @@ def backward_keeps_graph() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
+def direct(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what an ATen op calls: the same, a fifth of a microsecond sooner, for no Python stands before it."""
+    return op._op if type(op) is torch._ops.OpOverload else op
+
+
 class BoxedCodeGen(CodeGen):
-    """Generated functions take one list and empty it, so that nobody holds an argument past its last use."""
+    """Generated functions take one list and empty it, so that nobody holds an argument past its last use.
+
+    They call ATen ops directly. A call of a Python function isn't only slower: the frame of a large network's step
+    nearly fills the interpreter's 16 KB of stack, and where the next frame doesn't fit, CPython maps and unmaps a new
+    chunk for every call (12 us; it made a step of a GPT take 1.7 times as long).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._direct: dict[str, Callable[..., Any]] = {}
+        self._body_transformer = self._call_directly
+
+    def _call_directly(self, body: list[str]) -> list[str]:
+        """Let the lines of a function's body call local variables in place of ATen ops by their paths."""
+        text = "\n".join(body)
+        paths = dict.fromkeys(call[2] for call in _OP_CALL.finditer(text))
+        names = {path: _unused(f"do_{path.replace('.', '_')}", text) for path in paths}
+        self._direct = {name: direct(operator.attrgetter(path)(torch.ops)) for path, name in names.items()}
+        return [_OP_CALL.sub(lambda call: f"{call[1]}{names[call[2]]}(", line) for line in body]
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        return [("direct_ops", tuple(self._direct.values()))]
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
         names = [name.split(":")[0].split("=")[0].strip() for name in free_vars if name != "self"]
-        head = f"def {self._func_name}(self, boxed):"
-        if not names:
-            return head
-        return f"{head}\n    {', '.join(names)}, = boxed\n    boxed.clear()"
+        lines = [f"def {self._func_name}(self, boxed):"]
+        if names:
+            lines += [f"{', '.join(names)}, = boxed", "boxed.clear()"]
+        if self._direct:
+            lines.append(f"{', '.join(self._direct)}, = direct_ops")
+        return "\n    ".join(lines)
+
+
+_OP_CALL = re.compile(r"^(\w+ = )torch\.ops\.([\w.]+)\(", re.MULTILINE)
+
+
+def _unused(name: str, text: str) -> str:
+    """A name that doesn't stand in a text."""
+    while name in text:
+        name += "_"
+    return name
 
 
 def is_batched(tensor: Tensor) -> bool:
