@@ -140,7 +140,7 @@ class _WeightlessLoss(torch.autograd.Function):
         # Laid out as the outputs are, as losses do that work element by element.
         ctx.like = [output.detach().to("meta", copy=True) for output in outputs]
         ctx.devices = [output.device for output in outputs]
-        return outputs[0].new_zeros(())
+        return outputs[0].new_zeros((), dtype=outputs[0].dtype.to_real())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:

@@ -6,9 +6,8 @@ from the allocator's own events, so that workspace inside a kernel (convolutions
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from rematerialize.capture.kernels import Kernel
 from rematerialize.capture.lower import KernelCost
 from rematerialize.cost_cache import CostCache, MeasuredCost, digest
 from rematerialize.garbage import uncollected
-from rematerialize.synthetic import bytes_of, devices_of, prepare_kernel
+from rematerialize.synthetic import bytes_of, devices_of, prepare_kernel, refusing_data
 from rematerialize.timing import time_kernels
 
 # Blocks of these odd sizes, allocated between kernels, mark the borders in the stream of allocator events.
@@ -64,7 +63,7 @@ class CostModel:
         fresh = {s: kernel for s, kernel in distinct.items() if s not in self._known or s in self._unfinished}
         self._unfinished.update(fresh)
         try:
-            with torch.no_grad(), private.disable_autocast(), _kept_generator_state(fresh.values()):
+            with torch.no_grad(), private.disable_autocast(), kept_generator_state(fresh.values()):
                 _measure(fresh, self._known, self.time_limit_s, progress or (lambda done, total: None))
             self._unfinished.difference_update(fresh)
         finally:
@@ -126,7 +125,7 @@ def _measure_memory(fresh: dict[str, Kernel], known: dict[str, MeasuredCost], pr
             memory, first_s = _memory_by_events(part)
         else:
             for signature, kernel in part.items():
-                with _refusing_data():
+                with refusing_data():
                     memory[signature], first_s[signature] = _memory_by_statistics(kernel)
         for signature, kernel in part.items():
             if signature in memory:
@@ -155,7 +154,7 @@ def _memory_by_events(fresh: dict[str, Kernel]) -> tuple[dict[str, _Memory], dic
     began: list[str] = []
     with uncollected(), private.allocation_events() as read:
         for signature, kernel in fresh.items():
-            with _refusing_data():
+            with refusing_data():
                 run = prepare_kernel(kernel)
                 began.append(signature)
                 torch.empty(_BORDER_BYTES, dtype=torch.uint8)
@@ -179,17 +178,6 @@ def _memory_by_events(fresh: dict[str, Kernel]) -> tuple[dict[str, _Memory], dic
         # Not "less what is left at the end": outputs that the fake kernel believes to be one tensor may be two.
         memory[signature] = _Memory(max(0, peak - _owned(fresh[signature], sizes[signature])), sizes[signature])
     return memory, first_s
-
-
-@contextlib.contextmanager
-def _refusing_data() -> Iterator[None]:
-    """Let an op refuse synthetic data (a matrix that isn't positive definite, a pivot out of range)."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, IndexError, ValueError):
-        pass
 
 
 def _guess(kernel: Kernel) -> KernelCost:
@@ -262,7 +250,7 @@ def _signature(kernel: Kernel) -> str:
     return "; ".join(parts)
 
 
-class _kept_generator_state:
+class kept_generator_state:
     """Measuring random kernels must not change what the user's generators draw next."""
 
     def __init__(self, kernels: Iterable[Kernel]) -> None:
