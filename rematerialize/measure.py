@@ -7,7 +7,7 @@ from the allocator's own events, so that workspace inside a kernel (convolutions
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,13 +58,14 @@ class CostModel:
             Called with how many of the new kernels are done, and how many there are.
         """
         named = {kernel.name: (_signature(kernel), kernel) for kernel in kernels if kernel.calls}
+        step = [signature for signature, _ in named.values()]
         distinct = dict(reversed(named.values()))  # the first of equal ones
         self._read_cache(distinct)
         fresh = {s: kernel for s, kernel in distinct.items() if s not in self._known or s in self._unfinished}
         self._unfinished.update(fresh)
         try:
             with torch.no_grad(), private.disable_autocast(), kept_generator_state(fresh.values()):
-                _measure(fresh, self._known, self.time_limit_s, progress or (lambda done, total: None))
+                _measure(fresh, step, self._known, self.time_limit_s, progress or (lambda done, total: None))
             self._unfinished.difference_update(fresh)
         finally:
             self._write_cache(fresh)
@@ -91,6 +92,7 @@ class CostModel:
 
 def _measure(
     fresh: dict[str, Kernel],
+    step: Sequence[str],
     known: dict[str, MeasuredCost],
     time_limit_s: float,
     progress: Callable[[int, int], None],
@@ -109,7 +111,7 @@ def _measure(
         timed += 1
         progress(timed, total)
 
-    time_kernels(cold, time_limit_s, tell)
+    time_kernels(cold, step, time_limit_s, tell)
     progress(total, total)
 
 

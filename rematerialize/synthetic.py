@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -62,6 +63,8 @@ def prepare_kernel(kernel: Kernel) -> Callable[[], Any]:
         decide_work(node, data)
     # Looked up here and not in the run: a small kernel takes less time than its arguments' lookup.
     calls = [_prepared(node, form, data) for node, form in kernel.calls]
+    if len(calls) == 1:
+        return functools.partial(calls[0].target, *calls[0].args, **calls[0].kwargs)
 
     def run() -> Any:
         made: dict[fx.Node, Any] = {}

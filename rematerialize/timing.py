@@ -1,7 +1,8 @@
 """Seconds that kernels take in each other's company, as they stand in a step.
 
 A kernel that is repeated on its own finds its inputs, its weights and its code in the caches: that made a small
-network's convolutions a fifth faster than they are in its step. So neighbours run in turns.
+network's convolutions a fifth faster than they are in its step. So neighbours run in turns, as they do in the step: an
+op of a loop that is unrolled finds what its last run left, and is not made to seem slower than it is.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rematerialize.capture.kernels import Kernel
 from rematerialize.synthetic import bytes_of, devices_of, inputs_of, prepare_kernel
@@ -24,10 +26,14 @@ _MOST_NEIGHBOURS = 64
 _HELD_BYTES = 128 << 20  # inputs of neighbours
 _HELD_RESULTS = 8
 _CACHED_BYTES = 4 << 20
+_HEAP_BYTES, _HEAP_PIECES = 16 << 20, 4
 
 
 def time_kernels(
-    kernels: Mapping[str, tuple[Kernel, float]], time_limit_s: float, tell: Callable[[str, float], None]
+    kernels: Mapping[str, tuple[Kernel, float]],
+    step: Sequence[str],
+    time_limit_s: float,
+    tell: Callable[[str, float], None],
 ) -> None:
     """Time kernels until the time is over, the slowest neighbourhoods first; the rest is left out.
 
@@ -35,6 +41,8 @@ def time_kernels(
     ----------
     kernels : mapping of str to (Kernel, float)
         In the order of a step; with each its time when it ran first, in seconds.
+    step : sequence of str
+        The names as they follow each other in a step, each as often as it runs there; others among them count nothing.
     time_limit_s : float
     tell : callable
         Told the name of every kernel that was timed, and its median: after an interrupt, too.
@@ -42,12 +50,28 @@ def time_kernels(
     deadline = time.perf_counter() + time_limit_s
     todo = len(kernels)
     groups = sorted(_neighbours(kernels), key=lambda group: -sum(kernels[name][1] for name in group))
+    _cap = used_memory()
     for group in groups:
         left_s = deadline - time.perf_counter()
         if left_s <= 0:
             return
-        _time_in_turns({name: kernels[name][0] for name in group}, min(_TIMED_SECONDS_PER_KERNEL, left_s / todo), tell)
+        turns = [name for name in step if name in group]
+        allowed_s = min(_TIMED_SECONDS_PER_KERNEL, left_s / todo)
+        _time_in_turns({name: kernels[name][0] for name in group}, turns, allowed_s, tell)
         todo -= len(group)
+
+
+def used_memory() -> Tensor:
+    """Free memory that was used before, at least for as long as what is returned lives: steps find theirs so.
+
+    Results that are the last on the heap would give their pages back to the system when they are freed: an LSTM's
+    forward took twice as long as it does in a step.
+    """
+    torch.empty(_HEAP_BYTES, dtype=torch.uint8)  # the C library maps blocks of this size no longer one by one
+    pieces = [torch.zeros(_HEAP_BYTES * 15 // 16, dtype=torch.uint8) for _ in range(_HEAP_PIECES)]
+    cap = torch.empty_like(pieces[0])
+    pieces.clear()
+    return cap
 
 
 def _neighbours(kernels: Mapping[str, tuple[Kernel, float]]) -> Iterator[list[str]]:
@@ -133,17 +157,23 @@ class _Clock:
         return took_s
 
 
-def _time_in_turns(kernels: Mapping[str, Kernel], allowed_s: float, tell: Callable[[str, float], None]) -> None:
-    """Warm runs of neighbours in rounds, at least one: of each as many as fit into the time that is allowed for it."""
+def _time_in_turns(
+    kernels: Mapping[str, Kernel], turns: Sequence[str], allowed_s: float, tell: Callable[[str, float], None]
+) -> None:
+    """Warm runs of neighbours as a step has them, again and again: of each as many as fit into the time allowed for it.
+
+    At least one of each.
+    """
     results = _Results()
     clocks = {name: _Clock(kernel, results) for name, kernel in kernels.items()}
     running = dict(clocks)
     try:
         while running:
-            for name, clock in list(running.items()):
-                clock.run()
-                if clock.enough(allowed_s):
-                    del running[name]
+            for name in turns:
+                if (clock := running.get(name)) is not None:
+                    clock.run()
+                    if clock.enough(allowed_s):
+                        del running[name]
     finally:
         for name, clock in clocks.items():
             if clock.ran:

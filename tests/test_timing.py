@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -37,10 +39,10 @@ class Clock:
 
         return run
 
-    def times(self, limit_s: float) -> dict[str, float]:
+    def times(self, limit_s: float, step: Sequence[str] = ()) -> dict[str, float]:
         found: dict[str, float] = {}
         kernels = {name: (Kernel(name, "forward", [], [], []), 1.0) for name in self.takes}
-        time_kernels(kernels, limit_s, found.__setitem__)
+        time_kernels(kernels, step or [*kernels], limit_s, found.__setitem__)
         return found
 
 
@@ -69,6 +71,38 @@ def test_neighbours_run_in_turns_and_slow_ones_stop_first(monkeypatch: pytest.Mo
     assert clock.log[:6] == ["short", "long", "medium"] * 2
     assert clock.log[6:8] == ["short", "medium"]
     assert clock.log[8:] == ["short"] * 13
+
+
+def test_neighbours_run_as_often_and_in_the_order_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.takes = {"embed": lambda: 1e-4, "mix": lambda: 1e-4, "add": lambda: 1e-4}
+    step = ["embed", "mix", "add", "mix", "add", "elsewhere", "mix", "add"]
+    clock.times(1000.0, step)
+    assert clock.log[:3] == ["embed", "mix", "add"]  # the first time
+    assert clock.log[3:17] == ["embed", "mix", "add", "mix", "add", "mix", "add"] * 2
+    assert [clock.log[3:].count(name) for name in clock.takes] == [15, 15, 15]
+
+
+FAULTS = """
+import resource, torch
+from rematerialize.timing import used_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        [torch.ones(500_000) for _ in range(3)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+cap = used_memory()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults")
+def test_results_find_memory_that_was_used_before() -> None:
+    shown = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
+    assert int(shown) < 100  # thousands without it
 
 
 def test_a_run_that_the_machine_held_up_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
