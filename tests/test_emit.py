@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from rematerialize.harness import measure_peak
 from rematerialize.prepare import PreparedStep, bind_inputs, prepare
 from rematerialize.schedule import Schedule
 from rematerialize.simulate import simulate
+from rematerialize.torch_private import BoxedCodeGen
 from tests.twins import SEED, assert_same_step, gradients_of, run_by, same, step_of
 from tests.zoo_small import SMALL, Loss, Small, rows
 
@@ -104,6 +107,39 @@ def test_store_all_runs_every_call_of_every_kernel_once(name: str) -> None:
     beside = {target for target in found if target not in planned}
     joint = prepared.kernels.normal.joint.graph
     assert beside <= {str(n.target) for n in joint.nodes if n not in made_by(prepared)}
+
+
+@pytest.mark.parametrize("name", ["convnet", "attention"])
+def test_no_python_stands_between_a_step_and_its_kernels(name: str) -> None:
+    _, ours, prepared = prepared_twin(SMALL[name])
+    step = prepared.build(prepared.planner.solve(prepared.planner.minimum()))
+    loss = run_by(ours, step)(*SMALL[name].inputs)
+    entered: list[str] = []
+    inside = [module.forward.__func__.__code__ for module in (step.emitted.forward, step.emitted.backward)]
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_back is not None and frame.f_back.f_code in inside:
+            entered.append(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        ours(*SMALL[name].inputs)
+        loss.backward()
+    finally:
+        sys.setprofile(None)
+    assert torch._ops.__file__ not in entered  # our own functions are few
+
+
+def test_calls_of_ops_take_no_name_that_a_value_has() -> None:
+    graph = fx.Graph()
+    graph.set_codegen(BoxedCodeGen())
+    x = graph.create_node("placeholder", "x", name="do_aten_mul_Tensor")
+    graph.output(
+        (graph.call_function(torch.ops.aten.mul.Tensor, (x, 3.0)), graph.call_function(len, ("= torch.ops.",)))
+    )
+    made, length = fx.GraphModule(nn.Module(), graph).forward([torch.ones(2)])
+    assert made.tolist() == [3.0, 3.0]
+    assert length == 12
 
 
 def made_by(prepared: PreparedStep) -> set[fx.Node]:
