@@ -116,3 +116,21 @@ def test_levels_of_larger_steps_stay_as_they_are() -> None:
     levels = [point(40, 200.0), point(80, 120.0), point(90, 110.0), point(100, 100.0)]
     asked = between(levels, OneFind(0, ops=SMALL + 1))
     assert answer(asked, levels, 80) == 120.0
+
+
+class SecondFind(LuckyPolisher):
+    """Searches that find one plan from the lowest level, and from that plan another."""
+
+    def at(self, start: Point, level: int, *, work: int, seed: int = 1) -> Point:
+        if start.time_s == 300.0 and level >= 65:
+            return point(65, 150.0)
+        return point(85, 112.0) if start.time_s == 150.0 and level >= 85 else start
+
+    def down(self, start: Point, level: int, *, work: int, seed: int = 5) -> Point | None:
+        return None
+
+
+def test_a_level_is_searched_from_what_was_found_at_the_one_below() -> None:
+    levels = [point(30, 300.0), point(70, 200.0), point(90, 120.0), point(95, 110.0), point(100, 100.0)]
+    asked = between(levels, SecondFind(0))
+    assert [answer(asked, levels, budget) for budget in (70, 90, 95)] == [150.0, 112.0, 110.0]

@@ -1,12 +1,14 @@
 """Plans for the budgets between the levels that were searched.
 
 The room between two levels is halved again and again towards a budget, and the levels on both sides of it are searched
-once more, from below. However many budgets are asked for, and in whatever order, each gets the same plan, and overhead
+again, from below. However many budgets are asked for, and in whatever order, each gets the same plan, and overhead
 never rises with the budget. Let L[i] be the plan of level i, levels rising:
 
 - I[i], the improved plan of level i, depends on L[i - 1], L[i] and L[i + 1] alone, and is at least as fast as L[i], but
   not faster than L[i + 1].
-- What is found between levels i and i + 1 is at least as fast as I[i], but not faster than I[i + 1], and by halves the
+- J[i], what one more search makes of it, depends on I[i - 1], I[i] and I[i + 1] alone, and is at least as fast as I[i],
+  but not faster than I[i + 1], which is not faster than J[i + 1].
+- What is found between levels i and i + 1 is at least as fast as J[i], but not faster than J[i + 1], and by halves the
   same again.
 
 So the plans of one interval are never faster than those of the next, although neither knows what the other found.
@@ -58,6 +60,7 @@ class Between:
         self._late = late
         self._steep = steep_below(levels[0].peak_bytes, levels[-1].peak_bytes)
         self._halves: dict[tuple[int, int], Point] = {}
+        self._climbed: dict[int, Point] = {}
         self._improved: dict[int, Point] = {}
 
     def plan(self, index: int, budget_bytes: int) -> Point:
@@ -87,15 +90,35 @@ class Between:
         return best
 
     def _improve(self, polisher: Polisher, index: int) -> Point:
+        """Return the plan of a level of a small step after searches from below, the last from an improved plan there.
+
+        What that finds would otherwise be found between the levels, and be too fast.
+        """
+        if index not in self._improved:
+            here = self._climb(polisher, index)
+            if self._is_improved(polisher, index):
+                below, fastest_s = self._climb(polisher, index - 1), self._climb(polisher, index + 1).time_s
+                if below.length <= polisher.longest and here.time_s > fastest_s:
+                    level = self._levels[index].peak_bytes
+                    again = self._search(polisher, below, here, level, CLIMBING + CLIMB, fastest_s)
+                    here = polisher.better(here, again)
+            self._improved[index] = here
+        return self._improved[index]
+
+    def _is_improved(self, polisher: Polisher, index: int) -> bool:
+        inside = 0 < index < len(self._levels) - 1
+        return polisher.ops <= SMALL and inside and self._levels[index].length <= polisher.longest
+
+    def _climb(self, polisher: Polisher, index: int) -> Point:
         """Return the plan of a level of a small step after searches from the level below, higher and higher up to it.
 
         Searches from the same few plans end in the same few places; what has just become possible at a level in between
         is a start that none of them had.
         """
         here = self._levels[index]
-        if polisher.ops > SMALL or not 0 < index < len(self._levels) - 1 or here.length > polisher.longest:
+        if not self._is_improved(polisher, index):
             return here
-        if index not in self._improved:
+        if index not in self._climbed:
             below, best, fastest_s = self._levels[index - 1], here, self._levels[index + 1].time_s
             low, high = below.peak_bytes, here.peak_bytes
             for turn in range(CLIMB if below.length <= polisher.longest else 0):
@@ -103,8 +126,8 @@ class Between:
                 if level > low and best.time_s > fastest_s:
                     below = self._search(polisher, below, best, level, CLIMBING + turn, fastest_s)
                     best, low = polisher.better(best, below), level
-            self._improved[index] = best
-        return self._improved[index]
+            self._climbed[index] = best
+        return self._climbed[index]
 
     def _search(self, polisher: Polisher, below: Point, above: Point, level: int, turn: int, fastest_s: float) -> Point:
         """Return the best plan found within a level between two plans, the one below where none is better.
