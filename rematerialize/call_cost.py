@@ -22,12 +22,13 @@ from rematerialize.measure import kept_generator_state
 from rematerialize.plans import Plan, as_captured
 from rematerialize.prepare import PreparedStep, home_of
 from rematerialize.runtime import TrainingStep, needed_outputs
-from rematerialize.synthetic import prepare_kernel, refusing_data
+from rematerialize.synthetic import bytes_of, inputs_of, prepare_kernel, refusing_data
+from rematerialize.torch_private import disable_autocast
 from rematerialize.wrapper import RematerializedForward
 
 RUNS = 15
 CACHES = 32 << 20  # bytes
-QUICK_S = 1e-3  # of the kernels that run in between, at most
+QUICK_S, SMALL_BYTES = 1e-3, 8 << 20  # of the kernels that run in between, at most
 
 
 def call_seconds(prepared: PreparedStep, model: nn.Module, inputs: FlatInputs) -> float:
@@ -147,20 +148,22 @@ class _Blanks:
 
 
 def _others(prepared: PreparedStep) -> list[Callable[[], Any]]:
-    """A quick kernel of the step for each op that it calls, on synthetic data; none that draws."""
+    """A quick kernel of the step for each op that it calls, on synthetic data; none that draws, or reads much."""
     quickest: dict[Any, Kernel] = {}
     for kernel in prepared.kernels.kernels:
-        if kernel.calls and not kernel.random and not kernel.rng_device:
-            known = quickest.setdefault(kernel.head.target, kernel)
-            if prepared.costs[kernel.name].time_s < prepared.costs[known.name].time_s:
-                quickest[kernel.head.target] = kernel
+        if not kernel.calls or kernel.random or kernel.rng_device or bytes_of(inputs_of(kernel)) > SMALL_BYTES:
+            continue
+        known = quickest.setdefault(kernel.head.target, kernel)
+        if prepared.costs[kernel.name].time_s < prepared.costs[known.name].time_s:
+            quickest[kernel.head.target] = kernel
     others = []
-    for kernel in quickest.values():
-        if prepared.costs[kernel.name].time_s < QUICK_S:
-            with kept_generator_state([kernel]), refusing_data(), torch.no_grad():
-                run = prepare_kernel(kernel)
-                run()
-                others.append(run)
+    with kept_generator_state(quickest.values()), torch.no_grad(), disable_autocast():
+        for kernel in quickest.values():
+            if prepared.costs[kernel.name].time_s < QUICK_S:
+                with refusing_data():
+                    run = prepare_kernel(kernel)
+                    run()
+                    others.append(run)
     return others
 
 
@@ -169,7 +172,7 @@ def _times(run: Callable[[], None], others: Sequence[Callable[[], Any]]) -> Iter
     other = torch.empty(CACHES, dtype=torch.uint8)
     for at in range(RUNS):
         other.fill_(at)
-        with torch.no_grad():
+        with torch.no_grad(), disable_autocast():
             for each in others:
                 each()
         start = time.perf_counter()

@@ -50,14 +50,14 @@ def time_kernels(
     deadline = time.perf_counter() + time_limit_s
     todo = len(kernels)
     groups = sorted(_neighbours(kernels), key=lambda group: -sum(kernels[name][1] for name in group))
-    _cap = used_memory()
+    _cap = used_memory() if kernels else None
     for group in groups:
         left_s = deadline - time.perf_counter()
         if left_s <= 0:
             return
-        turns = [name for name in step if name in group]
-        allowed_s = min(_TIMED_SECONDS_PER_KERNEL, left_s / todo)
-        _time_in_turns({name: kernels[name][0] for name in group}, turns, allowed_s, tell)
+        members = {name: kernels[name][0] for name in group}
+        turns = [name for name in step if name in members]
+        _time_in_turns(members, turns, min(_TIMED_SECONDS_PER_KERNEL, left_s / todo), tell)
         todo -= len(group)
 
 
