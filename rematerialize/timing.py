@@ -166,7 +166,7 @@ def _time_in_turns(
     """
     results = _Results()
     clocks = {name: _Clock(kernel, results) for name, kernel in kernels.items()}
-    running = dict(clocks)
+    running = {name: clocks[name] for name in turns}
     try:
         while running:
             for name in turns:
