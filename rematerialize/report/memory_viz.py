@@ -19,6 +19,8 @@ from rematerialize.simulate import Instance
 PROTOCOL = 4  # the newest that the viewer's own unpickler knows
 _BASE = 0x7F0000000000  # where device memory tends to begin
 _ALIGNMENT = 512
+# Without a frame, the viewer guesses why there is none.
+_STEP = [{"name": "all that the step allocates, as planned", "filename": "rematerialize", "line": 0}]
 _KINDS = {
     "stored": "stored for the backward",
     "dropped": "freed, recomputed later",
@@ -145,7 +147,7 @@ def _events(actions: Sequence[str], block: _Block, run: Execution) -> list[dict[
 
 def _whole_segment(size: int) -> dict[str, Any]:
     # Once there are categories, the viewer needs one of that name.
-    segment = {"action": "segment_alloc", "addr": _BASE, "size": size, "stream": 0, "frames": [], "time_us": 0}
+    segment = {"action": "segment_alloc", "addr": _BASE, "size": size, "stream": 0, "frames": _STEP, "time_us": 0}
     return {**segment, "category": "unknown"}
 
 
@@ -178,7 +180,7 @@ def _segment(size: int, alive: Sequence[_Block]) -> dict[str, Any]:
         "segment_type": "large",
         "segment_pool_id": (0, 0),
         "is_expandable": False,
-        "frames": [],
+        "frames": _STEP,
         "blocks": blocks,
     }
 

@@ -14,6 +14,7 @@ from rematerialize.report.timeline import Timeline
 
 _PLAN, _STORED = 1, 2
 _MAIN, _RECOMPUTATION = 1, 2
+_BEGIN_US = 1.0  # Perfetto takes the value of a counter at time 0 for none, and its viewer of 2021 stops there
 
 
 def chrome_trace(plan: Timeline, stored: Timeline, *, budget_bytes: int) -> str:
@@ -38,8 +39,9 @@ def chrome_trace(plan: Timeline, stored: Timeline, *, budget_bytes: int) -> str:
     ]
     # Metadata first, then by time; equal times keep their order, so that a slice without length stays in its place.
     events.sort(key=lambda event: (event["ph"] != "M", event.get("ts", 0.0)))
-    units = {"displayTimeUnit": "ms", "otherData": {"budget_bytes": budget_bytes, "peak_bytes": plan.peak_bytes}}
-    return json.dumps({"traceEvents": events, **units}, separators=(",", ":"))
+    # No "displayTimeUnit": Perfetto's viewer of 2021 reads times in it, a thousand times too long.
+    summary = {"budget_bytes": budget_bytes, "peak_bytes": plan.peak_bytes}
+    return json.dumps({"traceEvents": events, "otherData": summary}, separators=(",", ":"))
 
 
 def _names(process: int, name: str, threads: dict[int, str]) -> list[dict[str, Any]]:
@@ -95,7 +97,7 @@ def _memory(timeline: Timeline, process: int, name: str) -> list[dict[str, Any]]
 
 
 def _budget(timeline: Timeline, budget_bytes: int) -> list[dict[str, Any]]:
-    return [_counter(_PLAN, "budget", at_us, budget_bytes) for at_us in (0.0, _us(timeline.time_s))]
+    return [_counter(_PLAN, "budget", at_us, budget_bytes) for at_us in (_us(0.0), _us(timeline.time_s))]
 
 
 def _boundary(timeline: Timeline, process: int) -> list[dict[str, Any]]:
@@ -111,4 +113,4 @@ def _counter(process: int, name: str, at_us: float, value: int) -> dict[str, Any
 
 def _us(time_s: float) -> float:
     """Microseconds, as the format asks, to the nanosecond: what ends there and what begins there agree."""
-    return round(time_s * 1e6, 3)
+    return round(_BEGIN_US + time_s * 1e6, 3)
