@@ -27,8 +27,8 @@ from rematerialize.torch_private import disable_autocast
 from rematerialize.wrapper import RematerializedForward
 
 RUNS = 15
-CACHES = 32 << 20  # bytes
-QUICK_S, SMALL_BYTES = 1e-3, 8 << 20  # of the kernels that run in between, at most
+CACHES = 12 << 20  # bytes: what a step of some milliseconds reads and writes; its calls find caches so
+ALL_S, SMALL_BYTES = 5e-3, 8 << 20  # of the kernels that run in between, at most
 
 
 def call_seconds(prepared: PreparedStep, model: nn.Module, inputs: FlatInputs) -> float:
@@ -47,8 +47,9 @@ def call_seconds(prepared: PreparedStep, model: nn.Module, inputs: FlatInputs) -
     """
     if prepared.analytic or home_of(model).type != "cpu":
         return 0.0
+    between = _Between(_others(prepared))
     forward = RematerializedForward(model, _Nothing(), max_plans=1)
-    forward.keep(inputs, as_captured(prepared), _HollowStep.of(prepared.captured))
+    forward.keep(inputs, as_captured(prepared), _HollowStep.of(prepared.captured, between))
     args, kwargs = inputs.rebuild(inputs.tensors)
 
     def run() -> None:
@@ -56,10 +57,9 @@ def call_seconds(prepared: PreparedStep, model: nn.Module, inputs: FlatInputs) -
             _ = parameter.grad
         torch.autograd.backward(weightless_loss(forward.run_planned(args, kwargs)))
 
-    others = _others(prepared)
     with torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
         run()
-        return statistics.median(_times(run, others))
+        return statistics.median(between.times(run))
 
 
 class _Nothing:
@@ -83,14 +83,14 @@ class _HollowStep(TrainingStep):
     _primals: list[Tensor]
 
     @classmethod
-    def of(cls, captured: CapturedStep) -> _HollowStep:
-        """The step that was captured, without its kernels and what its forward leaves in Python."""
+    def of(cls, captured: CapturedStep, between: Callable[[], None]) -> _HollowStep:
+        """The step that was captured, with something else for its kernels, and without what they leave in Python."""
         joint = captured.joint
         outputs = tuple(needed_outputs(joint))
         primals = tuple(range(len(joint.primals)))
         emitted = EmittedStep(
-            forward=_hollow_graph([joint.outputs[index] for index in outputs]),
-            backward=_hollow_graph(joint.gradients),
+            forward=_hollow_graph([joint.outputs[index] for index in outputs], between),
+            backward=_hollow_graph(joint.gradients, between),
             forward_primals=primals,
             backward_primals=primals,
             backward_tangents=tuple(range(len(joint.tangents))),
@@ -114,18 +114,20 @@ class _HollowStep(TrainingStep):
         return self.emitted.backward
 
 
-def _hollow_graph(nodes: Iterable[fx.Node | None]) -> fx.GraphModule:
+def _hollow_graph(nodes: Iterable[fx.Node | None], between: Callable[[], None]) -> fx.GraphModule:
     values = [None if node is None else node.meta["val"] for node in nodes]
-    return cast(fx.GraphModule, _HollowGraph(_Blanks(), values))
+    return cast(fx.GraphModule, _HollowGraph(_Blanks(), values, between))
 
 
 @dataclass(frozen=True, slots=True)
 class _HollowGraph:
     blanks: _Blanks
     values: list[Tensor | None]
+    between: Callable[[], None]
 
     def forward(self, boxed: list[Tensor]) -> list[Tensor | None]:
         boxed.clear()
+        self.between()
         return [None if value is None else self.blanks.like(value) for value in self.values]
 
 
@@ -157,24 +159,43 @@ def _others(prepared: PreparedStep) -> list[Callable[[], Any]]:
         if prepared.costs[kernel.name].time_s < prepared.costs[known.name].time_s:
             quickest[kernel.head.target] = kernel
     others = []
+    left_s = ALL_S
     with kept_generator_state(quickest.values()), torch.no_grad(), disable_autocast():
-        for kernel in quickest.values():
-            if prepared.costs[kernel.name].time_s < QUICK_S:
-                with refusing_data():
-                    run = prepare_kernel(kernel)
-                    run()
-                    others.append(run)
+        for kernel in sorted(quickest.values(), key=lambda kernel: prepared.costs[kernel.name].time_s):
+            left_s -= prepared.costs[kernel.name].time_s
+            if left_s < 0:
+                break
+            with refusing_data():
+                run = prepare_kernel(kernel)
+                run()
+                others.append(run)
     return others
 
 
-def _times(run: Callable[[], None], others: Sequence[Callable[[], Any]]) -> Iterator[float]:
-    """Times of runs that find the caches full of something else, as kernels leave them: of data and of code."""
-    other = torch.empty(CACHES, dtype=torch.uint8)
-    for at in range(RUNS):
-        other.fill_(at)
-        with torch.no_grad(), disable_autocast():
-            for each in others:
-                each()
+class _Between:
+    """What runs in place of kernels, and leaves the caches as they do: full of something else, of data and of code.
+
+    It runs before the call and where the kernels of the forward and of the backward would; its own time isn't counted.
+    """
+
+    def __init__(self, kernels: Sequence[Callable[[], Any]]) -> None:
+        self._kernels = kernels
+        self._data = torch.empty(CACHES, dtype=torch.uint8)
+        self._took_s = 0.0
+
+    def __call__(self) -> None:
         start = time.perf_counter()
-        run()
-        yield time.perf_counter() - start
+        self._data.add_(1)
+        with torch.no_grad(), disable_autocast():
+            for kernel in self._kernels:
+                kernel()
+        self._took_s += time.perf_counter() - start
+
+    def times(self, run: Callable[[], None]) -> Iterator[float]:
+        """Times of runs, without this one's."""
+        for _ in range(RUNS):
+            self()
+            self._took_s = 0.0
+            start = time.perf_counter()
+            run()
+            yield time.perf_counter() - start - self._took_s

@@ -23,7 +23,7 @@ import torch
 from rematerialize import torch_private as private
 from rematerialize.capture.lower import KernelCost
 
-_FORMAT = "rematerialize.costs/8"
+_FORMAT = "rematerialize.costs/9"
 
 
 @dataclass(frozen=True, slots=True)
