@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rematerialize import call_cost
 from rematerialize.call_cost import call_seconds
 from rematerialize.prepare import bind_inputs, prepare_example
 
@@ -78,3 +79,38 @@ def test_more_parameters_take_longer() -> None:
     few, many = nn.Sequential(*[nn.Linear(4, 4)] * 2), nn.Sequential(*(nn.Linear(4, 4) for _ in range(100)))
     x = torch.randn(2, 4)
     assert cost_of(many, x) > cost_of(few, x)
+
+
+def test_what_runs_in_place_of_kernels_runs_before_the_call_and_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    forward = call_cost.RematerializedForward.run_planned
+
+    def run_planned(self: Any, *given: Any) -> Any:
+        order.append("call")
+        result = forward(self, *given)
+        order.append("called")
+        return result
+
+    monkeypatch.setattr(call_cost.RematerializedForward, "run_planned", run_planned)
+    monkeypatch.setattr(call_cost._Between, "__call__", lambda self: order.append("kernels"))
+    assert cost_of(Returning(lambda x, h: h.relu()), torch.randn(4, 8)) > 0
+    one = ["call", "kernels", "called", "kernels"]
+    assert order == one + ["kernels", *one] * call_cost.RUNS
+
+
+def test_its_time_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def work(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(call_cost.time, "perf_counter", lambda: now[0])
+    between = call_cost._Between([lambda: work(8.0)])
+
+    def run() -> None:
+        work(0.5)
+        between()
+        work(0.25)
+        between()
+
+    assert list(between.times(run)) == [0.75] * call_cost.RUNS

@@ -39,7 +39,8 @@ static int decode(const Join *j, i64 state, State *s) {
         s->reached[t] = at;
         s->gradients += j->held[t * (j->longest + 1) + at];
         if (!flagged) s->values += j->value[t * (j->longest + 1) + at];
-        for (; at < j->length[t]; at++) s->once += j->forward_s[t * j->longest + at] + j->backward_s[t * j->longest + at];
+        for (i64 i = t * j->longest + at; i < t * j->longest + j->length[t]; i++)
+            s->once += j->forward_s[i] + j->backward_s[i];
         if (flagged && s->reached[t] == 0) possible = 0;   /* nobody saves a stage that makes an input */
     }
     return possible;
