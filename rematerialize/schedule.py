@@ -31,7 +31,8 @@ class Schedule:
     budget_bytes : int
         The budget that it was made for.
     solver : str
-        Registry name of the solver that found it.
+        Registry name of the solver that found it, or that local search began with; "search" where that began with
+        storing everything.
     peak_bytes : int
         Peak memory by the simulator, in bytes.
     time_s : float

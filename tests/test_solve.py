@@ -101,6 +101,15 @@ def test_functions_agree_with_the_planner() -> None:
     assert times == sorted(times)
 
 
+def test_a_search_that_began_with_storing_everything_is_not_named_after_it() -> None:
+    front = frontier(graphs.lstm(4), 6)
+    assert {"store_all", "search"} <= {plan.solver for plan in front}
+    for plan in front:
+        order = (*plan.forward, *plan.backward)
+        if plan.solver in {"store_all", "search"}:
+            assert (plan.solver == "search") == (len(order) > len({*order}))
+
+
 def test_a_callable_is_a_solver() -> None:
     def once_more(step: Step, levels: Sequence[int]) -> Iterator[Plan]:
         yield step.store_all()

@@ -235,7 +235,10 @@ class Planner:
         assert result.peak_bytes <= budget_bytes, "the solvers' memory model disagrees with the judge"
         least = self._archive[0].peak_bytes if self._archive else point.peak_bytes
         gap = self._gap(result.time_s, budget_bytes)
-        return Schedule(forward, backward, budget_bytes, point.solver, result.peak_bytes, result.time_s, least, gap)
+        # A search that began with storing everything, and recomputes: that name would mislead.
+        recomputes = len(point.plan.order) > len({*point.plan.order})
+        solver = "search" if point.solver == "store_all" and recomputes else point.solver
+        return Schedule(forward, backward, budget_bytes, solver, result.peak_bytes, result.time_s, least, gap)
 
     def _gap(self, time_s: float, budget_bytes: int) -> float | None:
         """Return how far a makespan is above what no schedule within the budget can beat; None out of time."""
