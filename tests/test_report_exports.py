@@ -85,10 +85,7 @@ def test_the_traces_counters_are_the_memory_of_plan_and_store_all() -> None:
 
 def test_the_trace_leaves_its_unit_to_the_format() -> None:
     document = json.loads(chrome_trace(planned(), store_all(a_step()), budget_bytes=4600))
-    assert set(document) == {
-        "traceEvents",
-        "otherData",
-    }  # "displayTimeUnit" makes milliseconds seconds in an old viewer
+    assert set(document) == {"traceEvents", "otherData"}  # by "displayTimeUnit" an old viewer shows seconds
 
 
 @settings(max_examples=60, deadline=None)
